@@ -1,0 +1,105 @@
+"""How fast, how much memory, and how far from the floor. Prints ratios; asserts nothing.
+
+    python tests/bench.py dpo --model DIR --data pairs.jsonl [--batch-size 8] [--steps 6] [--against "COMMAND"]
+
+Trains for --steps steps with the script's own main(), in a process of its own, and prints seconds per step (median, the
+first step is warm-up), tokens per second and the peak memory above the loaded model. Then the floor on the same steps,
+in the same manner: a bare forward and backward over the tokens that must be computed (each prompt once, no filler counted,
+the head at completion positions only), without loss, recomputation, optimizer or logging.
+--against runs another trainer's command and reads the JSON line that it ends with (seconds_per_step, peak_mb_above_model).
+"""
+import argparse
+import json
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def train(a):
+    """Seconds per step and memory of the script itself, from outside: its log() is called once a step, load_model() once."""
+    import torch
+    import train_dpo as script
+    ticks, loaded = [], []
+    log, load_model = script.log, script.load_model
+    script.log = lambda *x: (ticks.append(time.perf_counter()), log(*x))
+    script.load_model = lambda *x: (load_model(*x), loaded.append(peak_mb()))[0]
+    with tempfile.TemporaryDirectory() as out:
+        script.main(["--model", a.model, "--dataset", a.data, "--batch-size", str(a.batch_size), "--max-steps", str(a.steps), "--learning-rate", "1e-6",
+                     "--lr-schedule", "constant", "--warmup-steps", "0", "--eval-fraction", "0", "--max-length", "4096", "--output-dir", out,
+                     "--micro-batch-tokens", str(a.micro_batch_tokens)])
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else peak_mb() - loaded[0]
+    return {"seconds_per_step": statistics.median(y - x for x, y in zip(ticks, ticks[1:])), "peak_mb_above_model": round(memory),
+            "tokens_per_second": round(statistics.median(x["tokens_per_second"] for x in lines[1:])), "losses": [round(x["loss"], 5) for x in lines]}
+
+
+def floor(a):
+    """The same steps, stripped to what cannot be left out."""
+    import torch
+    import torch.nn.functional as F
+    import common
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = common.load_encoder(a.model)
+    groups, report = common.read_groups(a.data, common.PAIRS)
+    groups = common.tokenise(groups, report, encoder, 4096)
+    model, seconds, tokens = common.load_model(a.model, encoder, device), [], []
+    for step in common.plan_steps(len(groups), a.batch_size, 1, a.steps, 0):
+        began = time.perf_counter()
+        model.zero_grad(set_to_none=True)
+        for micro in common.micro_batches([groups[i] for i in step], a.micro_batch_tokens):
+            batch = common.pack(micro).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                hidden = common.hidden_states(model, batch)[batch.read]
+                F.cross_entropy(common.head_logits(model, hidden), batch.target, reduction="sum").backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+        tokens.append(sum(groups[i].tokens() for i in step))
+    return {"seconds_per_step": statistics.median(seconds[1:]), "tokens_per_second": round(statistics.median(t / s for t, s in zip(tokens[1:], seconds[1:])))}
+
+
+def main():
+    p = argparse.ArgumentParser(allow_abbrev=False)
+    p.add_argument("what", choices=["dpo"])
+    p.add_argument("--model", required=True)
+    p.add_argument("--data", required=True)
+    p.add_argument("--batch-size", type=int, default=8)
+    p.add_argument("--micro-batch-tokens", type=int, default=8192)
+    p.add_argument("--steps", type=int, default=6)
+    p.add_argument("--against", help="command of another trainer on the same work; its last line is JSON")
+    p.add_argument("--part", choices=["train", "floor"], help=argparse.SUPPRESS)         # one measurement, one process
+    a = p.parse_args()
+    if a.part:
+        print(json.dumps({"train": train, "floor": floor}[a.part](a)))
+        return
+
+    def measure(command):
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+        if done.returncode:
+            sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    ours, bare = (measure([sys.executable, *sys.argv, "--part", part]) for part in ("train", "floor"))
+    print(f"{a.what}: {ours['seconds_per_step']:.2f} s a step of {a.batch_size} groups, {ours['tokens_per_second']:,} tokens/s, peak {ours['peak_mb_above_model']:,} MB above the model")
+    print(f"floor: {bare['seconds_per_step']:.2f} s, {bare['tokens_per_second']:,} tokens/s: we run at {100 * bare['seconds_per_step'] / ours['seconds_per_step']:.0f} % of the floor's speed")
+    if a.against:
+        peer = measure(shlex.split(a.against))
+        print(f"against: {peer['seconds_per_step']:.2f} s a step, peak {peer['peak_mb_above_model']:,} MB: we take {peer['seconds_per_step'] / ours['seconds_per_step']:.1f} times less time "
+              f"and {peer['peak_mb_above_model'] / ours['peak_mb_above_model']:.1f} times less memory")
+        print(f"losses, ours: {ours['losses']}\nlosses, theirs: {[round(x.get('loss', 0), 5) for x in peer.get('log', [])]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,635 @@
+"""Sections ① read and ② tokenise of common.py: no row is changed or lost in silence, and the border never moves.
+
+Expected values come from hand, from json / csv / pyarrow, or from a plain `tokenizers` object; never from common.py.
+a1 … a24 are the traps that a test keeps out: the moving border, the second BOS, the end that is never learnt, ….
+"""
+import csv
+import functools
+import gzip
+import io
+import json
+import os
+import re
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pyarrow.parquet  # noqa: E402
+import pytest  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+
+from common import KINDS, MARK, PAIRS, Encoder, Group, account, read_groups, split_by_prompt, split_transcripts, tokenise  # noqa: E402
+
+
+def real(name):
+    path = Path(__file__).parents[2] / "shared" / "data" / name
+    return path if path.exists() else pytest.skip(f"{name} is not here")
+
+
+@pytest.fixture
+def refuses(capsys):
+    """with refuses("line 2", "'chosen'"): … must end with exit code 2 and one sentence that holds these words."""
+    @contextmanager
+    def refuses(*words):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            yield
+        out, err = capsys.readouterr()
+        assert error.value.code == 2 and out == "" and re.fullmatch(r"error: [^\n]+\.\n", err), err
+        assert all(w in err for w in words), err
+    return refuses
+
+
+@pytest.fixture
+def data(tmp_path):
+    """data(rows) → a file of the type that the name says, written by other means than those of common.py."""
+    def data(rows, name="d.jsonl"):
+        kind, text = name.removesuffix(".gz").split(".")[1], io.StringIO(newline="")
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer := io.BytesIO())
+        elif kind == "csv":
+            csv.writer(text).writerows([list(rows[0]), *(r.values() for r in rows)])
+        else:
+            text.write(json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        raw = buffer.getvalue() if kind == "parquet" else text.getvalue().encode()
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        return str(tmp_path / name)
+    return data
+
+
+def read(path, kinds=tuple(KINDS), **options):
+    groups, report = read_groups(str(path), kinds, **options)
+    return [(g.prompt, g.completions) for g in groups], report
+
+
+def reasons(report):
+    return {k: v for k, v in report.items() if k not in ("rows", "kept", "truncated")}
+
+
+# --- ① files -------------------------------------------------------------------------------------------------------------
+
+NASTY = 'commas, "quotes",\nnew\r\nlines, ' + "\u2028 \x85 ünï 🙂 and ['brackets']"
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+def test_every_file_type_gives_the_same_rows(data, ending, suffix):
+    rows = [{"prompt": NASTY, "chosen": "yes", "rejected": NASTY}, {"prompt": "q" * 200_000, "chosen": " 1", "rejected": "2"}]
+    groups, report = read(data(rows, f"d.{ending}{suffix}"))
+    assert groups == [(NASTY, ["yes", NASTY]), ("q" * 200_000, [" 1", "2"])]
+    assert report["rows"] == 2 and report.kind == "pair" and not reasons(report)
+
+
+def test_byte_order_mark_blank_lines_and_limit(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(b'{"prompt": "q%d"}' % i for i in range(5)))
+    assert read(tmp_path / "d.jsonl", limit=3)[0] == [("q0", []), ("q1", []), ("q2", [])]
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfprompt\nq0\n\nq1\n")
+    assert read(tmp_path / "d.csv")[0] == [("q0", []), ("q1", [])]
+
+
+BODY = gzip.compress(b'{"prompt": "a"}\n' * 50)
+BROKEN = {                                                   # name: (bytes, words of the sentence)
+    "a.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', ["line 2", "broken JSON"]),
+    "b.json": (b'[{"prompt": "a"},\n{"prompt"}]', ["line 2", "broken JSON"]),
+    "c.jsonl": (b'{"prompt": "a"}\n["b"]\n', ["line 2", "list"]),
+    "d.json": (b'[{"prompt": "a"}, "b"]', ["row 2", "str"]),
+    "e.csv": (b'prompt,chosen,rejected\na,b,c\na,b\n', ["line 3", "3 fields"]),
+    "f.csv": (b'prompt,chosen,rejected\na,b,c\na,b,c,d\n', ["line 3", "3 fields"]),
+    "g.csv": (b'prompt\na\n"never closed\nx\nx\n', ["line 3", "broken CSV"]),
+    "h.jsonl.gz": (b'{"prompt": "a"}\n', ["cannot be read"]),
+    "i.jsonl.gz": (BODY[:-20], ["cannot be read"]),
+    "j.jsonl.gz": (BODY[:12] + b"\xff\xff" + BODY[14:], ["cannot be read"]),
+    "k.parquet": (b"PAR1 this is none", ["cannot be read"]),
+    "l.jsonl": (b'{"prompt": "\xff"}', ["cannot be read"]),
+    "m.txt": (b"a", [".jsonl"]),
+    "n.jsonl": (b"\n", ["no rows"]),
+    "o.json": (b"[]", ["no rows"]),
+    "p.csv": (b"prompt\n", ["no rows"]),
+    "q.jsonl": (b'{"text": "a"}', ["text", "fit no format", "prompt", "--columns"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_end_in_one_sentence(tmp_path, refuses, name):
+    (tmp_path / name).write_bytes(BROKEN[name][0])
+    with refuses(name, *BROKEN[name][1]):
+        read(tmp_path / name)
+
+
+def test_missing_files_and_the_hub(tmp_path, refuses, monkeypatch):
+    def load_dataset(name, split):
+        if name == "org/none":
+            raise ConnectionError("offline\nand a long story")
+        return [{"prompt": f"{name} {split}"}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read("org/name", split="test")[0] == [("org/name test", [])]
+    with refuses("org/none", "train", "ConnectionError: offline"):
+        read("org/none")
+    with refuses("none.jsonl", "no such file"):
+        read(tmp_path / "none.jsonl")
+
+
+# --- ① formats -----------------------------------------------------------------------------------------------------------
+
+ask, say = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant"))
+U, B = ask("u"), say("b")
+
+EXAMPLES = [                                                 # (kind, row, the prompt and the completions that it means)
+    ("pair", PAIR, "p", ["a", "b"]),
+    ("pair", {"prompt": [U], "chosen": [say("a")], "rejected": [B]}, [U], ["a", "b"]),
+    ("pair", {"prompt": [U], "chosen": "a", "rejected": "b"}, [U], ["a", "b"]),
+    ("pair", {"prompt": "u", "chosen": [say("a")], "rejected": [B]}, [U], ["a", "b"]),
+    ("pair", {"prompt": "u", "chosen": [U, say("a")], "rejected": [U, B]}, [U], ["a", "b"]),              # as UltraFeedback has it
+    ("pair, prompt inside", {"chosen": [U, B, U, say("a")], "rejected": [U, B, U, B]}, [U, B, U], ["a", "b"]),
+    ("pair, prompt inside", {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+     "\n\nHuman: p\n\nAssistant:", [" a", " b"]),
+    ("PKU-SafeRLHF", {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}, "p", ["b", "a"]),
+    ("ranked list", {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3.5, 2]}, "p", ["a", "b", "c"]),
+    ("ranked list", {"question": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}, "p", ["a", "b", "c"]),
+    ("unpaired", {"prompt": "p", "completion": "a", "label": True}, "p", ["a"]),
+    ("response", {"prompt": "p", "response": "a"}, "p", ["a"]),
+    ("prompt", {"question": "p"}, "p", []),
+]
+
+
+@pytest.mark.parametrize("kind, row, prompt, completions", EXAMPLES)
+def test_every_format_is_recognised(data, kind, row, prompt, completions):
+    for name in ("d.jsonl", "d.parquet"):
+        groups, report = read(data([row], name))
+        assert report.kind == kind and groups == [(prompt, completions)]
+
+
+@pytest.mark.parametrize("kind, row, column", [(k, r, c) for k, r, *_ in EXAMPLES for c in r if not (c == "prompt" and r.get("chosen", [0])[0] == U)])
+def test_a16_a_column_that_a_later_row_lacks(data, refuses, kind, row, column):
+    with refuses("d.jsonl, line 2", f"'{column}'", "missing"):
+        read(data([row, {k: v for k, v in row.items() if k != column}]), [kind])
+
+
+@pytest.mark.parametrize("bad", [None, 5, ["a"], {"x": 1}, float("nan"), [], [ask(None)], [ask(["a"])], [{"role": 1, "content": "a"}]])
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_a16_what_is_no_text_is_refused(data, refuses, column, bad):
+    with refuses("d.jsonl, line 2", f"'{column}'"):
+        read(data([PAIR, PAIR | {column: bad}]))
+
+
+def test_a16_nulls_of_parquet_and_parts_of_messages(data, refuses):
+    with refuses("d.parquet, row 2", "'chosen'"):
+        read(data([PAIR, PAIR | {"chosen": None}], "d.parquet"))
+    parts = ask([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}])
+    assert read(data([{"prompt": [parts]}]))[0] == [([ask("one two")], [])]
+
+
+def test_columns_are_renamed_all_at_once(data, refuses):
+    file = data([{"question": "p", "best": "a", "worst": "b", "id": 1}])
+    [group], _ = read_groups(file, PAIRS, columns=["prompt=question", "chosen=best", "rejected=worst"])
+    assert (group.prompt, group.completions) == ("p", ["a", "b"]) and group.row == PAIR | {"id": 1}
+    for wrong in ("prompt=nosuch", "prompt", "prompt="):
+        with refuses(f"--columns {wrong}", "d.jsonl", "question"):
+            read(file, columns=[wrong])
+    assert read(data([PAIR]), columns=["chosen=rejected", "rejected=chosen"])[0] == [("p", ["b", "a"])]
+    with refuses("d.jsonl, line 2", "'best'"):
+        read(data([{"prompt": "p", "best": "a", "rejected": "b"}, {"prompt": "p", "rejected": "b"}]), columns=["chosen=best"])
+
+
+def test_a_format_that_the_script_cannot_use_is_named(data, refuses):
+    with refuses("d.jsonl", "'unpaired'", "chosen"):
+        read(data([{"prompt": "p", "completion": "a", "label": 1}]), PAIRS)
+
+
+@pytest.mark.parametrize("prefer, chosen", [("better", "b"), ("safer", "a")])
+def test_a19_pku_labels(data, refuses, prefer, chosen):
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
+    for name in ("d.jsonl", "d.csv"):                        # in CSV the ids are text
+        assert read(data([row], name), prefer=prefer)[0][0][1][0] == chosen
+    for bad in (2, -1, None, "x", True, float("nan")):
+        with refuses("d.jsonl, line 2", f"'{prefer}_response_id'"):
+            read(data([row, row | {f"{prefer}_response_id": bad}]), prefer=prefer)
+    other = {"better": "safer", "safer": "better"}[prefer]
+    with refuses("line 1", f"'{other}_response_id'", "missing"):
+        read(data([{k: v for k, v in row.items() if k != f"{other}_response_id"}]), prefer=other)
+
+
+def test_a19_real_pku_rows():
+    file = real("pku-saferlhf/train-128.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    want = [(r["prompt"], [r[f"response_{r['better_response_id']}"], r[f"response_{1 - r['better_response_id']}"]]) for r in rows]
+    assert read(file)[0] == [(p, c) for p, c in want if all(c) and c[0] != c[1]] and len(rows) == 128
+
+
+def test_ranked_lists_carry_scores_of_which_higher_is_better(data, refuses):
+    for values, want in [({"scores": [1, 3.5, "2"]}, [1, 3.5, 2]), ({"ranks": [3, 1, 2]}, [-3, -1, -2])]:
+        [group], _ = read_groups(data([{"prompt": "p", "completions": ["a", "b", "c"]} | values]), ["ranked list"])
+        assert group.row["scores"] == want
+    good = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
+    for column, bad in [("responses", ["a"]), ("responses", "ab"), ("responses", ["a", 5]),
+                        ("scores", [1, None]), ("scores", [1, float("inf")]), ("scores", 1)]:
+        with refuses("d.jsonl, line 2", f"'{column}'"):
+            read(data([good, good | {column: bad}]))
+
+
+@pytest.mark.parametrize("label, want", [(True, True), (1, True), ("true", True), ("True", True), ("1", True), (False, False), (0, False), ("FALSE", False),
+                                         ("0", False), (None, None), (2, None), ("good", None), ("", None)])
+def test_labels_of_unpaired_rows(data, refuses, label, want):
+    file = data([{"prompt": "p", "completion": "a", "label": 1}, {"prompt": "p", "completion": "a", "label": label}])
+    if want is None:
+        with refuses("d.jsonl, line 2", "'label'"):
+            read(file)
+    else:
+        assert read_groups(file, ["unpaired"])[0][1].row["label"] is want
+
+
+def test_further_columns_are_kept(data):
+    row = PAIR | {"score_chosen": 8.5, "score_rejected": 3, "p_chosen": 0.9}
+    assert read_groups(data([row]), PAIRS)[0][0].row == row
+    gsm = {"question": "1+1?", "answer": "#### 2", "level": 3}           # what was said for some scripts, what is right for others
+    [said], _ = read_groups(data([gsm]), ["response"])
+    [asked], _ = read_groups(data([gsm]), ["prompt"])
+    assert (said.prompt, said.completions, said.row) == ("1+1?", ["#### 2"], {"question": "1+1?", "level": 3})
+    assert (asked.prompt, asked.completions, asked.row) == ("1+1?", [], gsm)
+
+
+def test_a15_empty_and_identical_answers_are_dropped_and_counted(data):
+    rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in [("", "x"), ("x", " \n"), ("x", "x"), (" x", "x "), ("x", "y")]]
+    groups, report = read(data(rows))
+    assert groups == [("p", ["x", "y"])] and report["rows"] == 5
+    assert reasons(report) == {"with an empty answer": 2, "with identical answers": 2}
+
+
+H, A = "\n\nHuman:", "\n\nAssistant:"
+
+
+@pytest.mark.parametrize("chosen, rejected, want", [
+    (f"{H} a{A} b{H} c{A} d", f"{H} a{A} b{H} c{A} e", (f"{H} a{A} b{H} c{A}", " d", " e")),
+    (f"{H} a{A} b{H} c{A} d", f"{H} a{A} x{H} c{A} d", None),                                  # they part in an earlier turn
+    (f"{H} a{A} b", f"{H} x{A} b", None),                                                      # … in the question
+    (f"{H} a{A} b", f"{H} a{A} b{H} c{A} d", None),                                            # one goes on
+    (f"{H} a{A} b", f"{H} a{A} b.  Human: c{A} d", None),                                      # … as some rows of HH-RLHF do
+    (f"{H} a{A} say {A} x", f"{H} a{A} no", (f"{H} a{A}", f" say {A} x", " no")),              # an answer quotes the marker
+    (f"{H} a{A} no", f"{H} a{A} {A}", (f"{H} a{A}", " no", f" {A}")),
+    (f"{H} a{A} d", f"{H} a{A} d and more", (f"{H} a{A}", " d", " d and more")),               # one is the beginning of the other
+    (f"{H} a{A}", f"{H} a{A} d", (f"{H} a{A}", "", " d")),
+    ("no marker", "no mark", None),
+    ("", "", None),
+])
+def test_a12_transcripts_are_split_at_the_last_shared_assistant(chosen, rejected, want):
+    assert split_transcripts(chosen, rejected) == want
+
+
+def test_a12_what_cannot_be_split_is_dropped_and_counted(data, refuses):
+    rows = [{"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} c"}, {"chosen": f"{H} a{A} b", "rejected": f"{H} x{A} b"},
+            {"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} b"}, {"chosen": f"{H} a{A}", "rejected": f"{H} a{A} d"},
+            {"chosen": [U, B, U, B], "rejected": [U, say("else"), U, say("x")]}, {"chosen": [B], "rejected": [say("x")]}]
+    groups, report = read(data(rows))
+    assert groups == [(f"{H} a{A}", [" b", " c"])]
+    assert reasons(report) == {"that differ before the last turn": 3, "with identical answers": 1, "with an empty answer": 1}
+    for bad in ({"rejected": [U, B]}, {"chosen": [U, U], "rejected": [U, B]}):
+        with refuses("d.jsonl, line 2"):
+            read(data(rows[:1] + [rows[0] | bad]))
+
+
+def test_a12_real_hh_rlhf():
+    groups, report = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS)
+    # Four answers are empty (lines 87, 517, 926, 1104), four hold a further exchange (1255, 1689, 1951, 2037).
+    assert report["rows"] == 2312 and reasons(report) == {"with an empty answer": 4, "that differ before the last turn": 4}
+    kept = {int(g.where.rpartition(" ")[2]) for g in groups}
+    assert set(range(1, 2313)) - kept == {87, 517, 926, 1104, 1255, 1689, 1951, 2037}
+    for g in groups:
+        assert g.prompt.endswith(A) and [g.prompt + c for c in g.completions] == [g.row["chosen"], g.row["rejected"]]
+        assert not any(H in c for c in g.completions)
+
+
+# --- ② tokenisers, made by hand ------------------------------------------------------------------------------------------
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+WORDS = ["yes", "hello", "world", "is", "I", "do"]           # one token each, also with a space before
+ASCII = [chr(c) for c in range(33, 127)]
+
+
+def wrap(model, pre_tokenizer, decoder, normalizer=None, bos=True, template=None, **names):
+    backend = Tokenizer(model)
+    backend.decoder = decoder
+    if pre_tokenizer:
+        backend.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        backend.normalizer = normalizer
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_special_tokens(SPECIAL)
+    names = {"bos_token": "<s>" if bos else None, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | names
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+
+def numbered(*tokens):
+    return {t: i for i, t in enumerate(dict.fromkeys(SPECIAL + list(tokens)))}
+
+
+def bpe(alphabet, space, **options):
+    """Merges from left to right: y es → ye s → yes, then ▁ yes → ▁yes."""
+    merges = [(w[:i], w[i]) for w in WORDS for i in range(1, len(w))] + [(space, w) for w in WORDS]
+    return models.BPE(numbered(*alphabet, *(a + b for a, b in merges)), merges, **options)
+
+
+def byte_level(**options):
+    return wrap(bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ"), pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), **options)
+
+
+def sentencepiece(**options):                                # Llama 2: a "▁" before every text, bytes for what is unknown
+    model = bpe([f"<0x{i:02X}>" for i in range(256)] + ["▁"] + ASCII, "▁", unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return wrap(model, None, decoder, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), **options)
+
+
+def metaspace(**options):                                    # the same "▁", put there by the pre-tokeniser
+    how = {"prepend_scheme": "first"}
+    return wrap(bpe(["▁", "\n"] + ASCII, "▁", unk_token="<unk>"), pre_tokenizers.Metaspace(**how), decoders.Metaspace(**how), **options)
+
+
+def wordpiece(**options):
+    model = models.WordPiece(numbered(" ", "\n", *ASCII, *("##" + c for c in ASCII), *WORDS), unk_token="<unk>")
+    decoder = decoders.Sequence([decoders.Replace("##", ""), decoders.Fuse()])
+    return wrap(model, pre_tokenizers.Split(Regex(r"\s|\w+|[^\w\s]"), "isolated"), decoder, **options)
+
+
+def letters(**options):                                      # one token a character
+    model = models.WordLevel(numbered(" ", "\n", *ASCII), unk_token="<unk>")
+    return wrap(model, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse(), **options)
+
+
+@functools.cache
+def pretrained(name):
+    return AutoTokenizer.from_pretrained(real(name))
+
+
+TOKENISERS = {f.__name__: f for f in (byte_level, sentencepiece, metaspace, wordpiece, letters)}
+TOKENISERS |= {f"{f.__name__}, no BOS": functools.partial(f, bos=False) for f in (byte_level, sentencepiece)}
+TOKENISERS |= {name: functools.partial(pretrained, name) for name in ("qwen2.5-tokenizer", "stories260k")}
+
+# Chat templates. CHAT writes <s> itself, and ends turns in EOS and a newline.
+CHAT = "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+END = CHAT.replace("</s>", "<|end|>").replace("{{ '<s>' }}", "")                              # another end of turn, no BOS
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|system|>Be kind.<|end|>\n' }}{% endif %}" + END
+TRIM = CHAT.replace("m.content", "m.content | trim")
+SPACE = CHAT.replace("m.content", "' ' + m.content").replace("'<|assistant|>'", "'<|assistant|> '")     # " yes" merges over the border
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system please') }}{% endif %}" + CHAT
+FICKLE = "{{ messages | length }}" + CHAT
+
+
+def encode(tokenizer, prompt, *answers, **options):
+    return Encoder(tokenizer, **options)(Group("d.jsonl, line 7", prompt, list(answers)))
+
+
+def plain_ids(tokenizer, text):
+    """Without common.py: what the tokenizers library makes of a text, special tokens recognised."""
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def tokens(tokenizer, ids):
+    return " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+# --- ② traps -------------------------------------------------------------------------------------------------------------
+
+SEAMS = {"the answer is ": ["yes", "no"], "the answer is": [" yes", "\nyes", "7", "yes"], "hel": ["lo world", " hello", "p"],
+         "say it\n": ["\n\nyes", " no"], "Assistant:": [" I do", "I do", " 7", "  two"]}
+
+
+@pytest.mark.parametrize("name", TOKENISERS)
+def test_a1_a3_a24_border_never_moves(name):
+    tokenizer = TOKENISERS[name]()
+    encoder, eos = Encoder(tokenizer), tokenizer.eos_token_id
+    for prompt, answers in SEAMS.items():
+        group, alone = encoder(Group("", prompt, answers)), plain_ids(tokenizer, prompt)
+        assert group.prompt_ids == [tokenizer.bos_token_id] * bool(tokenizer.bos_token) + alone and group.ended == [True] * len(answers)
+        for answer, ids in zip(answers, group.completion_ids):
+            joint = plain_ids(tokenizer, prompt + answer)
+            assert ids[-1] == eos and eos not in ids[:-1]
+            assert tokenizer.decode(group.prompt_ids + ids, skip_special_tokens=True) == prompt + answer
+            assert ids[:-1] == joint[len(alone):] if joint[:len(alone)] == alone else ids[:-1] != joint[len(alone):]
+            assert tokenizer.chat_template or encoder.decode(ids) == answer
+
+
+@pytest.mark.parametrize("make, prompt, answer, want_prompt, want_answer", [
+    (byte_level, "it is ", "yes", "<s> i t Ġis Ġ", "yes </s>"),
+    (byte_level, "it is", " yes", "<s> i t Ġis", "Ġyes </s>"),
+    (byte_level, "hel", "lo world", "<s> hel", "l o Ġworld </s>"),
+    (sentencepiece, "it is ", "yes", "<s> ▁ i t ▁is ▁", "yes </s>"),
+    (sentencepiece, "a:", "I do", "<s> ▁ a :", "I ▁do </s>"),
+    (sentencepiece, "a:", " I do", "<s> ▁ a :", "▁I ▁do </s>"),
+    (sentencepiece, "hel", "lo world", "<s> ▁ hel", "l o ▁world </s>"),
+    (sentencepiece, "a", "\nI", "<s> ▁ a", "<0x0A> I </s>"),
+    (metaspace, "hel", "lo world", "<s> ▁ hel", "l o ▁world </s>"),
+    (metaspace, "a:", "I do", "<s> ▁ a :", "I ▁do </s>"),
+    (wordpiece, "hel", "lo", "<s> h ##e ##l", "l ##o </s>"),
+    (letters, "ab", "yes", "<s> a b", "y e s </s>"),
+])
+def test_a1_a24_token_by_token(make, prompt, answer, want_prompt, want_answer):
+    group = encode(tokenizer := make(), prompt, answer)
+    assert (tokens(tokenizer, group.prompt_ids), tokens(tokenizer, group.completion_ids[0])) == (want_prompt, want_answer)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, metaspace])
+@pytest.mark.parametrize("template", [CHAT, END, DEFAULT_SYSTEM, TRIM, SPACE, NO_SYSTEM])
+@pytest.mark.parametrize("bos", [True, False])
+def test_a2_a6_a7_a8_a_chat_is_rendered_once_begins_once_and_ends_once(make, template, bos):
+    tokenizer, messages, answers = make(bos=bos, template=template), [U, B, ask("hello")], ["yes", "I do\nso"]
+    group = encode(tokenizer, messages, *answers)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    start = [1] * (bos and "<s>" not in template)
+    assert text.rstrip(" ").endswith("<|assistant|>") and group.prompt_ids == start + plain_ids(tokenizer, text)             # a8
+    assert group.prompt_ids.count(1) == (bos or "<s>" in template)                                                           # a2, a3
+    end = SPECIAL.index("<|end|>" if "<|end|>" in template else "</s>")
+    for answer, ids in zip(answers, group.completion_ids):
+        full = tokenizer.apply_chat_template(messages + [say(answer)], tokenize=False).removesuffix("\n")
+        assert ids.count(end) == 1 and ids[-1] == end and 1 not in ids                                                       # a6
+        whole = tokenizer.decode(start + plain_ids(tokenizer, full))
+        assert tokenizer.decode(group.prompt_ids + ids) == whole and whole.count("Be kind.") == ("Be kind." in template)     # a7
+    assert Encoder(tokenizer).prompt(messages)[0] == group.prompt_ids                                                        # what is sampled from
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a3_bos_where_the_template_writes_none(bos):
+    tokenizer, first = letters(bos=bos, template=END), "<s> " * bos
+    assert tokens(tokenizer, encode(tokenizer, [U], "y").prompt_ids) == first + "<|user|> u <|end|> \n <|assistant|>"
+    assert tokens(tokenizer, encode(tokenizer, "ab", "y").prompt_ids) == first + "a b"
+    assert tokens(tokenizer, encode(tokenizer, "<s>a", "y").prompt_ids) == first + "< s > a"
+
+
+def test_a4_pad_is_eos():
+    group = encode(tokenizer := letters(template=CHAT, pad_token="</s>"), [U, B, U], "y", "yes")
+    assert tokens(tokenizer, group.prompt_ids) == "<s> <|user|> u </s> \n <|assistant|> b </s> \n <|user|> u </s> \n <|assistant|>"
+    assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y </s>", "y e s </s>"] and group.tokens() == 14 + 2 + 4
+
+
+@pytest.mark.parametrize("template, eos_of_generation, stops, end", [
+    (None, None, [2], 2), (None, 7, [2, 7], 2), (None, [2, 7], [2, 7], 2),
+    (END, None, [2, 7], 7), (END, [3], [2, 3, 7], 7), (CHAT, [0, 2], [0, 2], 2),
+])
+def test_a5_all_that_ends_an_answer(template, eos_of_generation, stops, end):
+    tokenizer = letters(template=template)
+    encoder = Encoder(tokenizer, generation_config=SimpleNamespace(eos_token_id=eos_of_generation))
+    assert encoder.stops == stops
+    assert encoder(Group("", [U] if template else "u", ["y"])).completion_ids == [plain_ids(tokenizer, "y") + [end]]
+    for stop in stops:
+        assert encoder.decode(plain_ids(tokenizer, "yes") + [stop]) == "yes" and encoder.decode([stop]) == ""    # a15: EOS alone is an answer
+    assert encoder.decode(plain_ids(tokenizer, " yes")) == " yes"                            # cut: nothing to take off
+
+
+def test_a5_a_model_without_any_end_is_refused(refuses):
+    assert Encoder(letters(eos_token=None, template=END)).stops == [7]
+    with refuses("EOS"):
+        Encoder(letters(eos_token=None))
+
+
+def test_a9_a_template_that_rewrites(refuses):
+    tokenizer, report = letters(template=TRIM), Counter(rows=1)
+    report.kind, encoder = "pair", Encoder(tokenizer)
+    [group] = tokenise([Group("d.jsonl, line 7", [U], ["\n  yes ", "no"])], report, encoder, 99)
+    assert tokens(tokenizer, group.completion_ids[0]) == "y e s </s>" and "rewrites some answers" in account("d.jsonl", report, encoder)
+    with refuses("d.jsonl, line 7", "character 0", "'1<s>", "'2<s>"):
+        encode(letters(template=FICKLE), [U], "yes")
+
+
+def test_a10_prompts_are_lists_of_ids():
+    ids, text = Encoder(letters(template=CHAT)).prompt([ask("x" * 15)])
+    assert text == "<s><|user|>" + "x" * 15 + "</s>\n<|assistant|>"
+    assert type(ids) is list and len(ids) == 20 and all(type(i) is int for i in ids)
+
+
+def test_a11_templates_missing_given_and_refusing(refuses, tmp_path):
+    with refuses("d.jsonl, line 7", "no chat template", "--chat-template"):
+        encode(letters(), [U], "yes")
+    with refuses("d.jsonl, line 7", "no system please"):
+        encode(letters(template=NO_SYSTEM), [{"role": "system", "content": "s"}, U], "yes")
+    with refuses("--chat-template", "none.jinja"):
+        Encoder(letters(), template_file=tmp_path / "none.jinja")
+    (tmp_path / "t.jinja").write_text(END)
+    group = encode(tokenizer := letters(), [U], "y", template_file=tmp_path / "t.jinja")
+    assert tokens(tokenizer, group.completion_ids[0]) == "y <|end|>"
+    tokenizer.save_pretrained(tmp_path / "saved")            # the template goes with the checkpoint
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == END
+
+
+def test_a11_the_chat_flag_makes_plain_prompts_user_turns():
+    tokenizer = letters(template=END)
+    for prompt, options, want in [("u", {"chat": True}, "<s> <|user|> u <|end|> \n <|assistant|> y <|end|>"), ("u", {}, "<s> u y </s>")]:
+        group = encode(tokenizer, prompt, "y", **options)
+        assert tokens(tokenizer, group.prompt_ids + group.completion_ids[0]) == want
+
+
+@pytest.mark.parametrize("overlong, prompt, answers, ended, why", [       # lengths in tokens, ends included, for --max-length 10
+    ("drop", 4, (3, 3), [True, True], None),
+    ("drop", 4, (6, 3), [True, True], None),
+    ("drop", 4, (20, 3), None, "over --max-length 10"),
+    ("truncate", 4, (20, 3), [False, True], None),           # rejected keeps its 3 tokens
+    ("truncate", 1, (20, 20), [False, False], None),         # the answers differ at token 8
+    ("truncate", 4, (20, 20), None, "with answers identical after truncation"),
+    ("drop", 10, (3, 3), None, "with no room for an answer"),             # a14: prompts are never cut
+    ("truncate", 12, (3, 3), None, "with no room for an answer"),
+    ("drop", 0, (3, 3), None, "with an empty prompt"),
+    ("drop", 9, (), [], None),                               # a prompt to sample from
+    ("drop", 10, (), None, "with no room for an answer"),
+])
+def test_a13_a14_truncation(overlong, prompt, answers, ended, why):
+    encoder, report = Encoder(letters(bos=False)), Counter(rows=2)
+    report.kind = "pair"
+    texts = [("bc"[k] * 2 if n == 3 else "a" * 7 + "bc"[k] + "e" * 20)[:n - 1] for k, n in enumerate(answers)]
+    kept = tokenise([Group("", "p" * prompt, texts), Group("", "p", ["x", "y"])], report, encoder, 10, overlong)
+    assert len(kept) == report["kept"] == 1 + (why is None) and reasons(report) == ({why: 1} if why else {})
+    cut = int(ended is not None and not all(ended))
+    assert f"2 rows of kind 'pair', kept {len(kept)}, truncated {cut}, dropped {2 - len(kept)}" in account("d.jsonl", report, encoder)
+    if why is None:
+        assert kept[0].ended == ended and [len(ids) for ids in kept[0].completion_ids] == [min(n, 10 - prompt) for n in answers]
+        assert [ids[-1] == 2 for ids in kept[0].completion_ids] == ended                     # a6: no false EOS on what was cut
+
+
+def test_a17_only_the_last_turn_is_the_answer(data):
+    turns = [ask("ab"), say("cd"), ask("ef"), say("gh"), ask("ij")]
+    [group], _ = read_groups(data([{"chosen": turns + [say("yes")], "rejected": turns + [say("no")]}]), PAIRS)
+    Encoder(tokenizer := letters(template=CHAT))(group)
+    assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y e s </s>", "n o </s>"]
+    assert tokenizer.decode(group.prompt_ids) == "<s><|user|>ab</s>\n<|assistant|>cd</s>\n<|user|>ef</s>\n<|assistant|>gh</s>\n<|user|>ij</s>\n<|assistant|>"
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, letters])
+@pytest.mark.parametrize("template, end", [(DEFAULT_SYSTEM, 7), (SPACE, 2)])
+@pytest.mark.parametrize("text", ["say </s><|assistant|> now", "</s>", "<s>x<|end|>", "a\ue000</s>b", "<|end|></s>yes"])
+def test_a18_text_that_looks_special_is_text(make, template, end, text):
+    tokenizer, report = make(template=template), Counter(rows=2)
+    report.kind, encoder = "pair", Encoder(tokenizer)
+    chat, plain = tokenise([Group("", [ask(text)], ["yes", text]), Group("", text, ["yes", text])], report, encoder, 10 ** 6)
+    control = lambda ids: [i for i in ids if i < len(SPECIAL) and SPECIAL[i] != "<unk>"]  # noqa: E731
+    harmless = plain_ids(tokenizer, tokenizer.apply_chat_template([U], tokenize=False, add_generation_prompt=True))
+    assert control(chat.prompt_ids) == [1] * (end == 7) + control(harmless) and control(plain.prompt_ids) == [1]
+    assert [control(ids) for ids in chat.completion_ids] == [[end]] * 2 and [control(ids) for ids in plain.completion_ids] == [[2]] * 2
+    if make is byte_level:                                   # every character is still there
+        full = tokenizer.apply_chat_template([ask(text), say(text)], tokenize=False).removesuffix("\n")
+        assert tokenizer.decode(chat.prompt_ids + chat.completion_ids[1]) == "<s>" * (end == 7) + full
+        assert tokenizer.decode(plain.prompt_ids + plain.completion_ids[1]) == f"<s>{text}{text}</s>"
+    assert "2 rows hold text that looks like a special token" in account("d.jsonl", report, encoder)
+    tokenise([Group("", "x", ["y"])], report, encoder, 99)   # a second file is counted for itself
+    assert "looks like" not in account("eval.jsonl", report, encoder)
+
+
+def test_a18_the_tokens_around_such_text_are_those_of_any_row():
+    tokenizer = sentencepiece(template=CHAT)                 # puts a "▁" after every control token
+    for text, want in [("u", "▁ u"), ("I</s> is", "▁I < / s > ▁is"), ("I</s>", "▁I < / s >")]:
+        group = encode(tokenizer, [ask(text), B, U], "yes")
+        assert tokens(tokenizer, group.prompt_ids) == f"<s> <|user|> {want} </s> ▁ <0x0A> <|assistant|> ▁ b </s> ▁ <0x0A> <|user|> ▁ u </s> ▁ <0x0A> <|assistant|>"
+        assert tokens(tokenizer, group.completion_ids[0]) == "▁yes </s>"
+
+
+def test_a18_the_mark_itself_is_refused(refuses):
+    with refuses("d.jsonl, line 7", "U+FDD0"):
+        encode(letters(template=CHAT), [ask(f"a{MARK}</s>")], "yes")
+
+
+@pytest.mark.parametrize("fraction, held_out", [(0.2, 2), (0.01, 1), (0, 0)])
+def test_a20_split_by_prompt(fraction, held_out):
+    groups = [Group("", p, [str(k), "x"]) for k in range(3) for p in [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]]
+    names = lambda gs: {json.dumps(g.prompt) for g in gs}  # noqa: E731
+    train, rest = split_by_prompt(groups, fraction, seed=0)
+    assert len(names(rest)) == held_out and len(rest) == 3 * held_out and len(train) == 30 - len(rest) and not names(train) & names(rest)
+    assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)          # the order of the rows is nothing to it
+    assert held_out == 0 or len({str(names(split_by_prompt(groups, fraction, seed)[1])) for seed in range(20)}) > 5
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
+def test_a21_the_vocabulary_stays_as_it_is(pad):
+    tokenizer = byte_level(template=CHAT, pad_token=pad)
+    before = tokenizer.get_vocab(), tokenizer.pad_token
+    group = encode(tokenizer, [U], NASTY, "yes")
+    assert (tokenizer.get_vocab(), tokenizer.pad_token) == before and max(group.prompt_ids + group.completion_ids[0]) < len(before[0])
+
+
+# --- ② the real thing ----------------------------------------------------------------------------------------------------
+
+def test_qwen_chat_has_one_system_turn_and_one_end():
+    tokenizer = pretrained("qwen2.5-tokenizer")
+    encoder, start, end, eos = Encoder(tokenizer), 151644, 151645, 151643                    # <|im_start|>, <|im_end|>, <|endoftext|>
+    assert encoder.bos == [] and encoder.stops == [eos, end]
+    for system, said in [([], "You are a helpful assistant."), ([{"role": "system", "content": "Be brief."}], "Be brief.")]:
+        group = encoder(Group("", system + [ask("Hi")], answers := ["Hello there!\n", " 42", "<|im_end|> is a token"]))
+        assert tokenizer.decode(group.prompt_ids) == f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        for answer, ids in zip(answers, group.completion_ids):
+            assert ids[-1] == end and not {start, end, eos} & set(ids[:-1])
+            assert tokenizer.decode(ids[:-1]) == answer == encoder.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-tokenizer", "stories260k"])
+def test_a1_a24_real_pairs_with_real_tokenisers(name):
+    tokenizer = pretrained(name)
+    groups, report = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS, limit=80)
+    kept, bos = tokenise(groups, report, Encoder(tokenizer), 10 ** 6), [1] * (name == "stories260k")
+    assert len(kept) == 80
+    for g in kept:
+        for answer, ids in zip(g.completions, g.completion_ids):
+            assert tokenizer.decode(g.prompt_ids + ids, skip_special_tokens=True) == g.prompt + answer
+            assert g.prompt_ids + ids[:-1] == bos + plain_ids(tokenizer, g.prompt + answer)  # nothing merges after a ":"
