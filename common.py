@@ -670,6 +670,31 @@ def head_logits(model, hidden):
     return logits
 
 
+class _GatherLogSoftmax(torch.autograd.Function):
+    """log_softmax(logits)[target] in the memory of the logits: (n, V), (n,) → (n,).
+
+    The forward leaves the unnormalised probabilities where the logits were, the backward the gradient; the usual operations
+    would hold three such arrays, and with 150,000 tokens to choose from they are the largest there are. The logits must
+    be nobody else's, and the backward runs once.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        chosen, top = logits.gather(1, target[:, None])[:, 0], logits.amax(1)
+        total = logits.sub_(top[:, None]).exp_().sum(1)
+        ctx.save_for_backward(logits, total, target)
+        return chosen - top - total.log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):                                 # d logp / d logits = one-hot(target) − softmax(logits)
+        if getattr(ctx, "spent", False):
+            raise RuntimeError("the log-probs of a batch can be differentiated once: their memory is used again")
+        ctx.spent = True
+        logits, total, target = ctx.saved_tensors
+        return logits.mul_(-(grad / total)[:, None]).scatter_add_(1, target[:, None], grad[:, None]), None
+
+
 def token_logps(model, batch, temperature=1.0):
     """log π(y_t | x, y_<t) of every completion token at the given temperature: (T,) float32. batch.owner says whose it is.
 
@@ -681,16 +706,17 @@ def token_logps(model, batch, temperature=1.0):
     if batch.tree is None:                                   # the fallback asks the model itself for logits
         logits = model(input_ids=batch.input_ids, attention_mask=attention_mask(batch, model.config), use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.read].float() / temperature
-        return -F.cross_entropy(logits, batch.target, reduction="none")
+        return logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
     hidden = hidden_states(model, batch)[batch.read]         # (T, d)
 
     def logps(h, target):                                    # (n, d), (n,) → (n,)
-        return -F.cross_entropy(head_logits(model, h) / temperature, target, reduction="none")
+        logits = head_logits(model, h)
+        return _GatherLogSoftmax.apply(logits / temperature if temperature != 1 else logits, target)
 
     size = max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
     chunks = list(zip(hidden.split(size), batch.target.split(size)))
-    kept = [checkpoint(logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else logps(h, t) for h, t in chunks[:-1]]
-    return torch.cat(kept + [logps(*chunks[-1])])
+    done = [checkpoint(logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else logps(h, t) for h, t in chunks[:-1]]
+    return torch.cat(done + [logps(*chunks[-1])])
 
 
 def sum_by_completion(values, batch):

@@ -253,7 +253,8 @@ def reference_logps(args, policy, encoder, groups, device, autocast):
     model = policy or load_model(args.ref_model, encoder, device, "--ref-model")
     key = hashlib.sha256(f"{device.type} {args.dtype}".encode())
     for name, tensor in model.state_dict().items():
-        key.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        key.update(name.encode())
+        key.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     key.update(json.dumps([(g.prompt_ids, g.completion_ids) for g in groups]).encode())
     file = Path(args.output_dir) / "ref_logps" / f"{key.hexdigest()[:32]}.safetensors"
     if file.exists():
