@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()                  # one bar at a time: ours
@@ -714,7 +714,8 @@ def token_logps(model, batch, temperature=1.0):
         return _GatherLogSoftmax.apply(logits / temperature if temperature != 1 else logits, target)
 
     size = max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
-    chunks = list(zip(hidden.split(size), batch.target.split(size)))
+    sizes = [len(hidden) % size] * (len(hidden) % size > 0) + [size] * (len(hidden) // size)     # the kept one is a full one
+    chunks = list(zip(hidden.split(sizes), batch.target.split(sizes)))
     done = [checkpoint(logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else logps(h, t) for h, t in chunks[:-1]]
     return torch.cat(done + [logps(*chunks[-1])])
 
@@ -754,25 +755,65 @@ def load_model(path, encoder, device, flag="--model"):
     return model.to(device).eval()
 
 
+def load_reward_model(path, encoder, device, flag="--reward-model", new_head=False):
+    """A reward model in float32 and eval mode: the backbone and one linear head without bias, a plain
+    AutoModelForSequenceClassification with one label.
+
+    new_head=True is for training: a causal LM gets a new random head (torch's generator), a reward model keeps its own.
+    For scoring a missing head is an error, since a random one would give numbers that look like scores.
+    """
+    config = AutoConfig.from_pretrained(path)
+    trained = any("SequenceClassification" in a for a in config.architectures or [])
+    if trained and config.num_labels != 1:
+        fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
+    if not trained and not new_head:
+        fail(f"{flag} {path}: this is {(config.architectures or ['no model that is known'])[0]}, not a reward model: its head would be random; train one with train_rm.py.")
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        fail(f"{flag} {path}: cannot be loaded as a reward model ({str(error).strip().splitlines()[0]}).")
+    missing = sorted(k for k in info["missing_keys"] if trained or not k.startswith("score."))
+    if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        fail(f"{flag} {path}: " + (f"the checkpoint lacks {missing[0]}, which would be random." if missing else f"{type(model).__name__} has no linear head called score."))
+    if (top := max(encoder.tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
+        fail(f"{flag} {path}: the tokeniser has ids up to {top}, the model only {rows} embeddings; they do not belong together.")
+    model.config.pad_token_id = encoder.tokenizer.pad_token_id if encoder.tokenizer.pad_token_id is not None else encoder.eos
+    return model.to(device).eval()
+
+
+def reward_scores(model, batch):
+    """The reward of every completion of a batch, read at its last token by length, never by token id: (K,) float32.
+
+    Backbone in the dtype of autocast, head in float32: in bfloat16 2,000 scores near 4 collapse to 90 values.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    hidden = hidden_states(model, batch)[batch.last]         # (K, d)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.score(hidden.float())[:, 0]
+
+
 @torch.no_grad()
-def can_pack(model, groups, tolerance=1e-3):
+def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     """Check, do not trust: a few groups through the packed and through the plain padded forward, in float32.
+
+    measure(model, batch): what is compared, token_logps or reward_scores. At most two completions of a group are used.
 
     The shortest groups, together in one row, where a state that runs on from tree to tree would show (Mamba); where the
     model has a sliding window also the shortest group that exceeds it; and the longest, because a model may have a window
     that its config calls otherwise and that counts by place in the row (GPT-Neo). Returns whether they agree, and says so
     in one line where they do not: then the padded path serves, slower but right for any causal LM.
     """
-    by_size = sorted((g for g in groups if g.completion_ids), key=Group.tokens)
+    two = [Group(g.where, g.prompt, [], prompt_ids=g.prompt_ids, completion_ids=g.completion_ids[:2]) for g in groups if g.completion_ids]
+    by_size = sorted(two, key=Group.tokens)
     window = getattr(model.config, "sliding_window", None) or math.inf
     short, long = by_size[:3], by_size[3:]
     long = [g for g in long[:-1] if len(g.prompt_ids) + max(map(len, g.completion_ids)) > window][:1] + long[-1:]
     try:
         worst = 0.0
         for few in [short] + [[g] for g in long]:
-            packed, padded = token_logps(model, pack(few, row=sum(map(Group.tokens, few)))), token_logps(model, pad(few))
+            packed, padded = measure(model, pack(few, row=sum(map(Group.tokens, few)))), measure(model, pad(few))
             worst = max(worst, (packed - padded).abs().max().item())
-        why = None if worst <= tolerance else f"its log-probs differ by {worst:.2g}"
+        why = None if worst <= tolerance else f"its numbers differ by {worst:.2g}"
     except Exception as error:                               # a model that does not take such a mask may fail in any way
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if why:
