@@ -6,6 +6,7 @@
 ④ pack       a micro-batch             →  a few rows without padding, each prompt in them once
 ⑤ log-probs  a packed batch            →  float32 log-probs of the completion tokens, nothing else
 ⑥ sample     prompts                   →  completions, their log-probs, and whether they ended by themselves
+⑦ length     scores and lengths        →  the score without what the length explains
 
 A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, an unpaired label a group of
 one, GRPO samples a group of G. Everything after the reader sees groups only.
@@ -245,8 +246,9 @@ def to_group(kind, row, where, prefer):
     return Group(where, prompt, completions, extra)
 
 
-def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="better"):
+def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="better", why=""):
     """Rows → (groups, report). `kinds`: the formats that the caller can use, of KINDS; the first that fits is taken.
+    why: what the caller says about rows that it cannot use.
 
     report: Counter with "rows", "kept" and one entry per reason for which rows were dropped, and report.kind.
     """
@@ -271,7 +273,7 @@ def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="bette
     if kind is None:
         needs = "; or ".join(" + ".join(n.replace("|", " or ") for n in KINDS[k]) for k in kinds)
         fail(f"{source}: its columns ({', '.join(rows[0][1])}) "
-             + (f"are rows of kind '{fits[0]}', which this script cannot use; it needs " if fits else "fit no format; needed are ")
+             + (f"are rows of kind '{fits[0]}', which this script cannot use{why}; it needs " if fits else "fit no format; needed are ")
              + f"{needs}. --columns NEW=OLD renames.")
     groups, report = [], Counter(rows=len(rows))
     for where, row in rows:
@@ -537,7 +539,8 @@ def micro_batches(groups, budget):
 # ④ pack ----------------------------------------------------------------------------------------------------------------
 
 ROW = 1024           # a row of a packed batch is about this long, or as long as its longest tree: attention costs row², not batch²
-TREE = 4096          # a group longer than this is split over rows (its prompt computed once in each), as far as completions allow
+TREE = 4096          # no tree (a prompt and completions behind it) is longer, unless one completion alone makes it so
+EVEN = 3072          # row length at which attention costs as much as all the rest of a layer: 6 times the width, see lay_out()
 
 
 @dataclass
@@ -587,11 +590,17 @@ def _batch(rows, shared, count):
                  flat(read), flat(target), flat(owner), torch.tensor(last), count)
 
 
-def pack(groups, row=ROW, tree=TREE):
-    """Shared-prefix layout: each prompt once, its completions behind it, several such trees a row, hardly any filler."""
+def pack(groups, row=ROW, tree=TREE, even=EVEN):
+    """Shared-prefix layout: each prompt once, its completions behind it, several such trees a row, hardly any filler.
+
+    A group becomes several trees where that is cheaper. With m completions of C tokens behind a prompt of P, a completion
+    costs (P/m + C) tokens times 1 + (P + mC)/even for attention; that is least at mC = √(P (P + even)). So a long prompt
+    stands once, and many long answers to a short prompt do not pay for attending (masked) to each other.
+    """
     trees, count = [], 0
     for group in groups:
-        room = max(tree - len(group.prompt_ids), max(map(len, group.completion_ids)))
+        prompt = len(group.prompt_ids)
+        room = max(min(tree - prompt, math.sqrt(prompt * (prompt + even))), max(map(len, group.completion_ids)))
         part, used = [], 0
         for completion in group.completion_ids:
             if part and used + len(completion) > room:
@@ -616,6 +625,17 @@ def pad(groups):
     """The plain layout, right for any causal LM: one completion a row behind its own copy of the prompt, filled up right."""
     flat = [(g.prompt_ids, ids) for g in groups for ids in g.completion_ids]
     return _batch([[(p, [(k, ids)])] for k, (p, ids) in enumerate(flat)], False, len(flat))
+
+
+def lay_out(model, groups, packed):
+    """The batch of a micro-batch for this model: packed with rows that suit its width, or padded where it cannot pack.
+
+    A layer of width h costs about 24 h² operations a token and attention 4 h times the row length: even at 6 h.
+    """
+    if not packed:
+        return pad(groups)
+    even = 6 * (getattr(model.config, "hidden_size", None) or EVEN // 6)
+    return pack(groups, row=min(2 * ROW, max(128, even // 3)), even=even)
 
 
 def attention_mask(batch, config):
@@ -768,10 +788,14 @@ def load_reward_model(path, encoder, device, flag="--reward-model", new_head=Fal
         fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
     if not trained and not new_head:
         fail(f"{flag} {path}: this is {(config.architectures or ['no model that is known'])[0]}, not a reward model: its head would be random; train one with train_rm.py.")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()               # its table of missing weights: what matters of it is checked below
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
         fail(f"{flag} {path}: cannot be loaded as a reward model ({str(error).strip().splitlines()[0]}).")
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     missing = sorted(k for k in info["missing_keys"] if trained or not k.startswith("score."))
     if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):
         fail(f"{flag} {path}: " + (f"the checkpoint lacks {missing[0]}, which would be random." if missing else f"{type(model).__name__} has no linear head called score."))
@@ -919,3 +943,40 @@ def draw(probs, u, top_p=1.0):
     cdf = probs.cumsum(-1, dtype=wide)
     token = torch.searchsorted(cdf, (u.to(wide) * cdf[:, -1])[:, None], right=True)[:, 0]
     return token.clamp(max=probs.shape[1] - 1)
+
+
+# ⑦ length --------------------------------------------------------------------------------------------------------------
+
+def lowess(x, y, at, frac=0.5):
+    """Locally weighted regression (Cleveland 1979, one pass): the value at each `at` of a line fitted to its nearest points.
+
+    x, y (n,), at (a,) → (a,) float64. The nearest frac·n points take part, with tricube weights that end at 0 at the
+    farthest of them. Where they all have one x there is no slope to fit, and the value is their mean.
+    """
+    x, y, at = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y, at))
+    distance = (x - at[:, None]).abs()                                           # (a, n)
+    reach = distance.kthvalue(min(len(x), max(1, math.ceil(frac * len(x)))), 1).values[:, None]
+    # A reach of 0: so many points stand right here that no other is needed.
+    weight = torch.where(reach > 0, (1 - (distance / reach.clamp(min=1e-12)).clamp(max=1) ** 3) ** 3, (distance == 0).double())
+    # All n within reach may stand at its edge, where the weight is 0 (two lengths, `at` between them): then all count alike.
+    weight = torch.where(weight.sum(1, keepdim=True) > 1e-9, weight, (distance <= reach).double())
+    weight = weight / weight.sum(1, keepdim=True)
+    mean_x, mean_y = weight @ x, weight @ y                                      # (a,)
+    dx, dy = x - mean_x[:, None], y - mean_y[:, None]                            # (a, n)
+    var = (weight * dx ** 2).sum(1)
+    slope = torch.where(var > 1e-9, (weight * dx * dy).sum(1) / var.clamp(min=1e-9), 0.0)
+    return mean_y + slope * (at - mean_x)
+
+
+def calibrate(score, length, curve, mean):
+    """Scores without what their length explains: score − curve(length) + mean (Huang et al. 2024, arXiv 2409.17407).
+
+    curve: [[length, fitted score], …] by length, config.reward_by_length; mean: config.reward_mean. Between knots straight
+    lines, beyond the ends constant: a line fitted there would be an extrapolation. score, length (n,) → (n,) float64.
+    """
+    score, length = (torch.as_tensor(v, dtype=torch.float64) for v in (score, length))
+    x, y = torch.tensor(curve, dtype=torch.float64).T.contiguous()               # (knots,) each
+    right = torch.searchsorted(x, length.contiguous()).clamp(min=1, max=max(1, len(x) - 1))
+    left, right = right - 1, right.clamp(max=len(x) - 1)
+    share = ((length - x[left]) / (x[right] - x[left]).clamp(min=1e-12)).clamp(0, 1)
+    return score - (y[left] + share * (y[right] - y[left])) + mean

@@ -93,7 +93,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common import (PAIRS, account, can_pack, fail, load_encoder, load_model, micro_batches, number, pack, pad, plan_steps,
+from common import (PAIRS, account, can_pack, fail, load_encoder, load_model, lay_out, micro_batches, number, plan_steps,
                     read_groups, sample, split_by_prompt, sum_by_completion, token_logps, tokenise)
 
 TOY = Path(__file__).parent / "tests" / "toy"
@@ -124,16 +124,15 @@ def parse_args(argv=None):
     g.add_argument("--max-steps", type=int, default=0, help="optimizer steps; wins over --epochs where > 0")
     g.add_argument("--batch-size", type=int, default=32, help="groups (prompts) per optimizer step: statistics")
     g.add_argument("--micro-batch-tokens", type=int, default=8192, help="tokens per forward: memory, no effect on the result")
-    g.add_argument("--learning-rate", "--lr", type=float, default=0.0, help="peak; for models over 100 M parameters 1e-6 is a start")
+    g.add_argument("--learning-rate", "--lr", type=float, default=0.0, help="peak; the default suits the toy; over 100 M parameters DPO wants about 1e-6, a reward model 1e-5")
     g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up, to 0")
     g.add_argument("--warmup-steps", type=int, default=-1, help="linear warm-up (< 0: a tenth of the steps)")
     g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
     g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm (0 = no clipping)")
     g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations (0 = start and end only)")
-    g.add_argument("--eval-samples", type=int, default=256, help="held-out prompts to sample an answer for at each evaluation")
     g.add_argument("--save-every", type=int, default=0, help="steps between checkpoints (0 = at the end only)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
-    g.add_argument("--seed", type=int, default=0, help="of split, order and sampling")
+    g.add_argument("--seed", type=int, default=0, help="of everything that is random")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; auto = bfloat16 on cuda; weights stay float32")
     # --- end shared ---
@@ -143,18 +142,21 @@ def parse_args(argv=None):
     g.add_argument("--label-smoothing", type=float, default=0.0, help="probability that a label is wrong (8), in [0, 0.5)")
     g.add_argument("--sft-coef", type=float, default=0.0, help="weight of the chosen answer's mean NLL (10)")
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
+    g.add_argument("--eval-samples", type=int, default=256, help="held-out prompts to sample an answer for at each evaluation")
     p.set_defaults(dataset=str(TOY / "pairs.jsonl"), output_dir="runs/dpo", learning_rate=1e-3)
     args = p.parse_args(argv)
     # --- shared: refused flags ---
     for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("limit", "max_steps", "eval_every", "eval_samples", "save_every", "learning_rate", "weight_decay", "max_grad_norm"):
+    for name in ("limit", "max_steps", "eval_every", "save_every", "learning_rate", "weight_decay", "max_grad_norm"):
         if not 0 <= getattr(args, name) < math.inf:
             p.error(f"--{name.replace('_', '-')} must not be negative")
     if not 0 <= args.eval_fraction < 1:
         p.error("--eval-fraction must be in [0, 1)")
     # --- end shared ---
+    if args.eval_samples < 0:
+        p.error("--eval-samples must not be negative")
     if args.beta <= 0:
         p.error("--beta must be positive: at 0 the loss is constant")
     if not 0 <= args.label_smoothing < 0.5:
@@ -198,7 +200,7 @@ LOSSES = {"dpo": dpo, "sft": sft}
 
 def forward(model, groups, packed):
     """Summed log-probs of all completions of a micro-batch, groups in order, completions within: (K,) float32."""
-    batch = (pack if packed else pad)(groups)
+    batch = lay_out(model, groups, packed)
     return sum_by_completion(token_logps(model, batch), batch)
 
 

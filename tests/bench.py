@@ -1,14 +1,17 @@
 """How fast, how much memory, and how far from the floor. Prints ratios; asserts nothing.
 
     python tests/bench.py dpo --model DIR --data pairs.jsonl [--batch-size 8] [--steps 6] [--against "COMMAND"]
+    python tests/bench.py rm  --model DIR --data pairs.jsonl …
 
 Trains for --steps steps with the script's own main(), in a process of its own, and prints seconds per step (median, the
 first step is warm-up), tokens per second and the peak memory above the loaded model. Then the floor on the same steps: a
 bare forward and backward over the tokens that must be computed (each prompt once, the head at completion positions
-only), all logits kept, without recomputation, optimizer or logging. Over 100 % is possible: kept logits cost time too.
+only, for rm at the last), all logits kept, without recomputation, optimizer or logging. Over 100 % is possible: kept logits
+cost time too.
 --against runs another trainer's command and reads the JSON line that it ends with (seconds_per_step, peak_mb_above_model).
 """
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -28,25 +31,25 @@ def peak_mb():
 
 
 def train(a):
-    """Seconds per step and memory of the script itself, from outside: its log() is called once a step, load_model() once."""
+    """Seconds per step and memory of the script itself, from outside: its log() is called once a step, its loader once."""
     import torch
-    import train_dpo as script
-    ticks, loaded = [], []
-    log, load_model = script.log, script.load_model
-    script.log = lambda *x: (ticks.append(time.perf_counter()), log(*x))
+    script, loader = importlib.import_module(f"train_{a.what}"), "load_reward_model" if a.what == "rm" else "load_model"
+    ticks, peaks, loaded = [], [], []
+    log, load_model = script.log, getattr(script, loader)
+    script.log = lambda *x: (ticks.append(time.perf_counter()), peaks.append(peak_mb()), log(*x))
 
-    def load_and_note(*x):
-        model = load_model(*x)
+    def load_and_note(*x, **more):
+        model = load_model(*x, **more)
         sum(p.sum().item() for p in model.parameters())      # a checkpoint is mapped, not read: touch it, or it counts as training's
         loaded.append(peak_mb())
         return model
-    script.load_model = load_and_note
+    setattr(script, loader, load_and_note)
     with tempfile.TemporaryDirectory() as out:
         script.main(["--model", a.model, "--dataset", a.data, "--batch-size", str(a.batch_size), "--max-steps", str(a.steps), "--learning-rate", "1e-6",
                      "--lr-schedule", "constant", "--warmup-steps", "0", "--eval-fraction", "0", "--max-length", "4096", "--output-dir", out,
                      "--micro-batch-tokens", str(a.micro_batch_tokens)])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else peak_mb() - loaded[0]
+    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else peaks[-1] - loaded[0]      # of training, not of saving
     return {"seconds_per_step": statistics.median(y - x for x, y in zip(ticks, ticks[1:])), "peak_mb_above_model": round(memory),
             "tokens_per_second": round(statistics.median(x["tokens_per_second"] for x in lines[1:])), "losses": [round(x["loss"], 5) for x in lines]}
 
@@ -56,12 +59,13 @@ def floor(a):
     import torch
     import torch.nn.functional as F
     import common
-    import train_dpo as script
+    script = importlib.import_module(f"train_{a.what}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, args = common.load_encoder(a.model), script.parse_args([])
     groups, report = common.read_groups(a.data, common.PAIRS)
     groups = common.tokenise(groups, report, encoder, 4096)
-    model, seconds = common.load_model(a.model, encoder, device), []
+    load = {"dpo": common.load_model, "rm": lambda *x: common.load_reward_model(*x, new_head=True)}[a.what]
+    model, seconds = load(a.model, encoder, device), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     for group in groups:
@@ -84,10 +88,13 @@ def floor(a):
         between = clock()
         optimizer.zero_grad(set_to_none=True)
         for micro in common.micro_batches(chosen, a.micro_batch_tokens):
-            batch = common.pack(micro).to(device)
+            batch = common.lay_out(model, micro, True).to(device)
             with autocast:
-                hidden = common.hidden_states(model, batch)[batch.read]
-                F.cross_entropy(common.head_logits(model, hidden), batch.target, reduction="sum").backward()
+                hidden = common.hidden_states(model, batch)
+                if a.what == "rm":
+                    F.softplus(model.score(hidden[batch.last]).view(-1, 2).diff()).sum().backward()
+                else:
+                    F.cross_entropy(common.head_logits(model, hidden[batch.read]), batch.target, reduction="sum").backward()
         seconds.append((between - began, clock() - between))
     ours, bare = zip(*seconds[1:])                           # the first step is warm-up
     return {"seconds_per_step": statistics.median(bare), "speed": sum(bare) / sum(ours)}
@@ -95,7 +102,7 @@ def floor(a):
 
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False)
-    p.add_argument("what", choices=["dpo"])
+    p.add_argument("what", choices=["dpo", "rm"])
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--batch-size", type=int, default=8)

@@ -139,7 +139,7 @@ def numbered(spec):
 def test_pack_holds_each_prompt_and_completion_once_with_little_filler(seed):
     r = random.Random(seed)
     groups, what = numbered([(r.randint(1, 80), [r.randint(1, 60) for _ in range(r.randint(1, 4))]) for _ in range(40)])
-    batch = pack(groups, row=1024)
+    batch = pack(groups, row=1024, even=10 ** 9)
     ids, flat = batch.input_ids, batch.input_ids.flatten().tolist()
     assert sorted(i for i in flat if i) == sorted(what)                       # nothing lost, nothing twice
     assert flat.count(0) < 0.05 * len(flat) and batch.lengths.tolist() == (ids != 0).sum(1).tolist()
@@ -154,7 +154,7 @@ def test_pack_holds_each_prompt_and_completion_once_with_little_filler(seed):
 
 def test_pack_splits_a_large_group_and_repeats_only_its_prompt():
     groups, what = numbered([(4, (6, 5, 7, 12)), (3, (2,))])
-    flat = pack(groups, row=16, tree=16).input_ids.flatten().tolist()         # 6 + 5, 7, 12: three trees
+    flat = pack(groups, row=16, tree=16, even=10 ** 9).input_ids.flatten().tolist()         # 6 + 5, 7, 12: three trees
     assert [flat.count(i) for i in groups[0].prompt_ids] == [3] * 4
     assert all(flat.count(i) == 1 for i in what if i not in groups[0].prompt_ids)
     with pytest.raises(AssertionError, match="empty"):
@@ -498,3 +498,13 @@ def test_D10_samples_depend_on_the_seed_and_not_on_batches_or_global_state():
         assert ids(other) == ids(first)
         assert all(abs(a - b) < 1e-5 for x, y in zip(other, first) for s, t in zip(x, y) for a, b in zip(s.logps, t.logps))
     assert sample(build("llama"), [], 3, 4, [2]) == []
+
+
+@pytest.mark.parametrize("prompt, completion, even", [(800, 50, 384), (15, 128, 384), (15, 128, 24576), (300, 40, 3072)])
+def test_pack_shares_a_prompt_as_far_as_that_is_cheapest(prompt, completion, even):
+    """Against the cost itself: tokens × (1 + row length / even) per completion, for every number of completions a tree."""
+    cost = {m: (prompt / m + completion) * (1 + (prompt + m * completion) / even) for m in range(1, 33)}
+    group = Group("", "", [], prompt_ids=[1] * prompt, completion_ids=[[2] * completion] * 32)
+    flat = pack([group], row=1, tree=10 ** 9, even=even).input_ids.flatten().tolist()
+    used = 32 / (flat.count(1) / prompt)                     # completions a tree, on average
+    assert min(cost.values()) <= cost[round(used)] <= 1.1 * min(cost.values())

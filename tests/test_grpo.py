@@ -1,0 +1,429 @@
+"""train_grpo.py: its derivation by enumeration, every loss against float64, rewards, rollouts, and the script itself."""
+import json
+import math
+import socket
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import train_grpo
+from train_grpo import (CLIP, LOSSES, advantages, combine, fill, kl_term, main, overlong_penalty, parse_args, pass_at_k, pieces, weights)
+
+TOY = Path(__file__).parent / "toy"
+
+
+def run(out, *flags):
+    main(["--output-dir", str(out), "--batch-size", "4", "--group-size", "4", "--limit", "60", "--max-new-tokens", "8", "--eval-samples", "8", *map(str, flags)])
+    return metrics(out)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines):
+    return [{k: v for k, v in m.items() if "second" not in k} for m in lines]
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, flags)))
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def batch(lengths, seed=0, dtype=torch.float32):
+    """Log-probs now and when sampled, owner, for answers of these lengths."""
+    g = torch.Generator().manual_seed(seed)
+    owner = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)])
+    old = -3 * torch.rand(len(owner), generator=g, dtype=torch.float64)
+    return (old + 0.4 * torch.randn(len(owner), generator=g, dtype=torch.float64)).to(dtype), old.to(dtype), owner
+
+
+# --- the derivation, by enumeration --------------------------------------------------------------------------------------
+
+POLICY, REF = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+REWARD = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
+
+
+def softmax_policy():
+    logits = POLICY.log().requires_grad_()
+    return logits, logits.log_softmax(0)
+
+
+def gradient(loss, logits):
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_eq1_policy_gradient_is_the_gradient_of_the_expected_reward():
+    logits, logp = softmax_policy()
+    exact = gradient((logp.exp() * REWARD).sum(), logits)
+    logits, logp = softmax_policy()
+    assert torch.allclose(gradient((POLICY * REWARD * logp).sum(), logits), exact)
+
+
+def test_eq2_a_baseline_costs_nothing():
+    logits, logp = softmax_policy()
+    assert torch.allclose(gradient((POLICY * 7.3 * logp).sum(), logits), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+
+
+def test_eq3_leave_one_out_is_the_centred_reward_times_g_over_g_minus_1():
+    r = torch.tensor([[1.0, 0.0, 2.0, 5.0]])
+    loo = [x - statistics.mean([y for j, y in enumerate(r[0].tolist()) if j != i]) for i, x in enumerate(r[0].tolist())]
+    assert advantages(r, "none", "rloo")[0].tolist() == pytest.approx(loo)
+    assert (advantages(r, "none")[0] * 4 / 3).tolist() == pytest.approx(loo)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_eq4_on_policy_gradient_is_minus_advantage_times_grad_logp(loss):
+    """Also G6: ratio exactly 1."""
+    lengths, A = [2, 5, 3], torch.tensor([0.7, -1.2, 0.0])
+    logp, _, owner = batch(lengths)
+    logp.requires_grad_()
+    args = parse_args(["--loss", loss])
+    w = weights(lengths, loss, 8)[owner]
+    grad = gradient((LOSSES[loss](logp, logp.detach(), A, owner, args) * w).sum(), logp)
+    scale = {"rloo": torch.tensor([1 / 3] * 3)}.get(loss, weights(lengths, loss, 8))         # rloo: the sum over the answer
+    assert torch.allclose(grad, -A[owner] * scale[owner], atol=1e-6)
+
+
+def test_eq9_what_each_kl_descends():
+    """Exact expectations over three tokens: the numbers of G9, and the gradients as loss terms."""
+    d = (REF / POLICY).log()
+    assert (POLICY * -d).sum().item() == pytest.approx(0.085123, abs=1e-6)
+    assert (POLICY * (d.exp() - 1 - d)).sum().item() == pytest.approx(0.085123, abs=1e-6)
+    assert (POLICY * d.square() / 2).sum().item() == pytest.approx(0.080088, abs=1e-6)
+
+    def force(kind):
+        logits, logp = softmax_policy()
+        return gradient((POLICY * kl_term(kind, logp, POLICY.log(), REF.log())).sum(), logits)
+    logits, logp = softmax_policy()
+    reverse = gradient((logp.exp() * (logp - REF.log())).sum(), logits)
+    logits, logp = softmax_policy()
+    forward = gradient((REF * (REF.log() - logp)).sum(), logits)
+    assert torch.allclose(reverse, torch.tensor([0.1759, -0.0981, -0.0778], dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(force("k2"), reverse) and torch.allclose(force("k3-unbiased"), reverse)
+    assert torch.allclose(force("k3"), forward) and torch.allclose(forward, torch.tensor([0.2, -0.1, -0.1], dtype=torch.float64))
+    logits, logp = softmax_policy()
+    assert torch.allclose(gradient((POLICY * (logp - REF.log())).sum(), logits), torch.zeros(3, dtype=torch.float64), atol=1e-12)     # k1 in the loss
+    logits, logp = softmax_policy()
+    assert torch.allclose(gradient(-(POLICY * (-(POLICY / REF).log()) * logp).sum(), logits), reverse)                               # k1 in the reward
+
+
+def test_g9_kl_of_distant_models_is_finite():
+    for kind in ("k3", "k2", "k3-unbiased"):
+        logp = torch.tensor([-100.0, -0.1], requires_grad=True)
+        value = kl_term(kind, logp, logp.detach(), torch.tensor([-0.1, -100.0]))
+        value.sum().backward()
+        assert torch.isfinite(value).all() and torch.isfinite(logp.grad).all()
+
+
+# --- losses: values and gradients ----------------------------------------------------------------------------------------
+
+def by_hand(loss, logp, old, A, lengths, eps, L):
+    """Each loss from its paper, answer by answer, token by token, in float64."""
+    lo, hi = eps
+    clip = lambda x: max(min(x, torch.tensor(1 + hi, dtype=torch.float64)), torch.tensor(1 - lo, dtype=torch.float64))  # noqa: E731
+    split = list(zip(logp.split(lengths), old.split(lengths), A.tolist()))
+    N, M = len(lengths), sum(lengths)
+    ppo = lambda r, a: min(r * a, clip(r) * a)  # noqa: E731
+    if loss == "grpo":
+        return -sum(sum(ppo((x - y).exp(), a) for x, y in zip(p, q)) / len(p) for p, q, a in split) / N
+    if loss == "dapo":
+        return -sum(ppo((x - y).exp(), a) for p, q, a in split for x, y in zip(p, q)) / M
+    if loss == "dr-grpo":
+        return -sum(ppo((x - y).exp(), a) for p, q, a in split for x, y in zip(p, q)) / (N * L)
+    if loss == "gspo":
+        return -sum(ppo((p - q).mean().exp(), a) for p, q, a in split) / N
+    if loss == "rloo":
+        return -sum(ppo((p - q).sum().exp(), a) for p, q, a in split) / N
+    return -sum(min((x - y).exp().item(), 1 + hi) * a * x for p, q, a in split for x, y in zip(p, q)) / M            # cispo
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_value_and_gradient_against_float64(loss, seed):
+    lengths, A, L = [3, 1, 6, 4], torch.tensor([1.0, -0.5, 0.3, -2.0]), 9
+    args = parse_args(["--loss", loss, "--clip-low", "0.15", "--clip-high", "0.3"])
+    logp, old, owner = batch(lengths, seed)
+    logp.requires_grad_()
+    ours = (LOSSES[loss](logp, old, A, owner, args) * weights(lengths, loss, L)[owner]).sum()
+    exact, old64, _ = batch(lengths, seed, torch.float64)
+    exact.requires_grad_()
+    theirs = by_hand(loss, exact, old64, A, lengths, (0.15, 0.3), L)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    assert torch.allclose(gradient(ours, logp).double(), gradient(theirs, exact), atol=1e-5)
+
+
+def test_b6_losses_differ_in_value_and_gradient():
+    lengths, A = [3, 1, 6], torch.tensor([1.0, -0.5, 0.3])
+    logp, old, owner = batch(lengths)
+    seen = set()
+    for loss in LOSSES:
+        x = logp.clone().requires_grad_()
+        value = (LOSSES[loss](x, old, A, owner, parse_args(["--loss", loss])) * weights(lengths, loss, 16)[owner]).sum()
+        seen.add((round(value.item(), 6), round(gradient(value, x).norm().item(), 6)))
+    assert len(seen) == len(LOSSES)
+
+
+def test_g13_aggregation_golden_values():
+    """Lengths 2 and 6, A = ±1, limit 8, on policy."""
+    logp, owner, A = torch.zeros(8), torch.tensor([0] * 2 + [1] * 6), torch.tensor([1.0, -1.0])
+    for loss, value in (("grpo", 0.0), ("dapo", 0.5), ("dr-grpo", 0.25), ("gspo", 0.0)):
+        token = LOSSES[loss](logp, logp, A, owner, parse_args(["--loss", loss]))
+        assert (token * weights([2, 6], loss, 8)[owner]).sum().item() == pytest.approx(value, abs=1e-7)
+
+
+def test_g12_answers_that_do_not_count_are_in_no_denominator():
+    for loss in LOSSES:
+        assert torch.allclose(weights([2, 0, 6], loss, 8)[[0, 2]], weights([2, 6], loss, 8)) and weights([2, 0, 6], loss, 8)[1] == 0
+        assert weights([0, 0], loss, 8).tolist() == [0, 0]   # all masked: loss 0, no NaN
+
+
+def test_g14_gspo_ratio_is_per_answer():
+    owner = torch.tensor([0] * 2 + [1] * 6)
+    args = SimpleNamespace(clip_low=1.0, clip_high=1.0, dual_clip=0)
+    loss = LOSSES["gspo"](torch.full((8,), 0.1), torch.zeros(8), torch.tensor([1.0, -1.0]), owner, args)
+    assert loss.tolist() == pytest.approx([-1.105171] * 2 + [1.105171] * 6, abs=1e-6)
+
+
+@pytest.mark.parametrize("A, ratio, objective, moves", [(1, 1.5, 1.2, False), (-1, 1.5, -1.5, True), (-1, 0.5, -0.8, False), (1, 0.5, 0.5, True)])
+def test_g15_which_side_is_clipped(A, ratio, objective, moves):
+    logp = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss = LOSSES["grpo"](logp, torch.zeros(1), torch.tensor([float(A)]), torch.zeros(1, dtype=torch.long), parse_args([]))
+    assert loss.item() == pytest.approx(-objective, abs=1e-6) and bool(gradient(loss.sum(), logp).abs() > 0) == moves
+    higher = LOSSES["dapo"](logp, torch.zeros(1), torch.tensor([float(A)]), torch.zeros(1, dtype=torch.long), parse_args(["--loss", "dapo"]))
+    assert (higher.item() != pytest.approx(loss.item())) == (A > 0 and ratio > 1)        # 0.28 changes only this side
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_answer():
+    args = parse_args(["--dual-clip", "3"])
+    logp = torch.tensor([math.log(9.0)], requires_grad=True)
+    loss = LOSSES["grpo"](logp, torch.zeros(1), torch.tensor([-1.0]), torch.zeros(1, dtype=torch.long), args)
+    assert loss.item() == pytest.approx(3.0) and gradient(loss.sum(), logp).item() == 0
+
+
+# --- advantages and rewards ----------------------------------------------------------------------------------------------
+
+def test_g10_advantages():
+    one = lambda r, scale="group-std": advantages(torch.tensor([r]), scale)[0].tolist()  # noqa: E731
+    assert one([1.0, 0, 0, 1]) == pytest.approx([0.865875, -0.865875, -0.865875, 0.865875], abs=1e-6)
+    assert one([1.0] * 4) == [0] * 4 and max(map(abs, one([0.1] * 8))) < 1e-3
+    assert max(map(abs, one([0.35] * 7 + [0.95]))) < math.sqrt(8)
+    r = torch.tensor([[1.0, 0.0], [10.0, 4.0]])
+    std = statistics.stdev([1, 0, 10, 4]) + 1e-4
+    assert advantages(r, "none").tolist() == [[0.5, -0.5], [3, -3]]
+    assert advantages(r, "batch-std").flatten().tolist() == pytest.approx([0.5 / std, -0.5 / std, 3 / std, -3 / std])
+    assert advantages(r, "group-std").flatten().tolist() == pytest.approx([0.7071, -0.7071] * 2, abs=1e-3)
+
+
+def test_g11_no_reward_is_in_no_mean_and_has_no_advantage():
+    nan = math.nan
+    assert advantages(torch.tensor([[1.0, 0.0, nan, 1.0, 0.0]]), "group-std")[0, 2] == 0
+    assert advantages(torch.tensor([[1.0, 0.0, nan]]), "group-std")[0, :2].tolist() == advantages(torch.tensor([[1.0, 0.0]]), "group-std")[0].tolist()
+    assert advantages(torch.tensor([[nan, 1.0], [nan, nan]]), "group-std").tolist() == [[0, 0], [0, 0]]
+    assert combine([[1.0, None, None], [2.0, 4.0, None]], [1, 0.5], "sum") == [2.0, 2.0, None]
+    assert combine([[1.0, 3.0], [2.0, 4.0]], [1, 0.5], "min") == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("body, words", [("return [1.0]", "1 values for"), ("return 1.0", "1.0 values"), ("return [float('nan')] * len(completions)", "reward is nan"),
+                                         ("return [float('inf')] * len(completions)", "reward is inf")])
+def test_g11_bad_rewards_name_the_function(body, words, tmp_path, capsys):
+    (tmp_path / "r.py").write_text(f"def bad(completions, **_):\n    {body}\n")
+    said = refused(capsys, "--reward", f"{tmp_path / 'r.py'}:bad", "--output-dir", tmp_path / "o", "--limit", 30, "--eval-samples", 8)
+    assert "bad" in said and words in said
+
+
+def test_g16_soft_overlong_penalty_and_dynamic_sampling_on_the_raw_reward():
+    assert [overlong_penalty(n, 20, 4) for n in (3, 16, 18, 20, 25)] == [0, 0, -0.5, -1, -2.25][:4] + [overlong_penalty(25, 20, 4)]
+    assert overlong_penalty(100, 20, 0) == 0
+    roll = lambda rewards: {"reward": rewards}  # noqa: E731
+    assert train_grpo.alike(roll([0.0, 0.0])) and not train_grpo.alike(roll([0.0, 1.0])) and train_grpo.alike(roll([0.0, None]))
+    asked = []
+
+    def more(prompts, seed):
+        asked.append((len(prompts), seed))
+        return [roll([0.0, float(len(asked) > 1)]) for _ in prompts]
+    kept, sampled = fill([roll([1.0, 1.0]), roll([0.0, 1.0]), roll([0.0, 0.0])], more, list(range(9)), SimpleNamespace(seed=0), 5)
+    assert len(kept) == 3 and sampled == 7 and [n for n, _ in asked] == [2, 2] and asked[0][1] != asked[1][1]
+
+
+def test_pass_at_k_is_unbiased():
+    for n, right, k in ((4, 1, 2), (8, 3, 4), (5, 0, 3), (5, 5, 1)):
+        from itertools import combinations
+        draws = list(combinations([1] * right + [0] * (n - right), k))
+        assert pass_at_k(n, right, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
+
+
+# --- rollouts ----------------------------------------------------------------------------------------------------------
+
+def setup(*flags):
+    args = parse_args(["--max-new-tokens", "8", "--limit", "12", *flags])
+    encoder = common.load_encoder(TOY / "model")
+    groups, report = common.read_groups(TOY / "prompts.jsonl", ("prompt",), limit=12)
+    groups = common.tokenise(groups, report, encoder, 64)
+    import contextlib
+    return args, encoder, groups, common.load_model(TOY / "model", encoder, "cpu"), contextlib.nullcontext()
+
+
+def test_g7_each_answer_sees_its_own_rows_columns_and_g18_its_text():
+    args, encoder, groups, policy, none = setup()
+    seen = []
+
+    def reward(gs, texts, ids):
+        seen.extend(zip(gs, texts, ids))
+        return [float(gs_.row["answer"]) for gs_ in gs]
+    rolls = train_grpo.rollout(policy, encoder, groups, {"id": reward}, {}, args, none, 3, 0)
+    assert [g.row["answer"] for g, _, _ in seen] == [g.row["answer"] for g in groups for _ in range(3)]
+    assert all(r["reward"] == [float(r["group"].row["answer"])] * 3 for r in rolls)
+    for _, text, ids in seen:                                # what the model wrote, without the end token
+        assert text == encoder.tokenizer.decode([i for i in ids if i != encoder.eos]) and "</s>" not in text
+
+
+def test_g8_the_sampled_ids_are_the_ids_that_are_trained_on():
+    args, encoder, groups, policy, none = setup()
+    rolls = train_grpo.rollout(policy, encoder, groups[:3], {"zero": lambda g, t, i: [0.0] * len(t)}, {}, args, none, 4, 0)
+    for budget in (10 ** 6, 12, 1):
+        found = {}
+        for micro in pieces(rolls, budget):
+            for g in micro:
+                assert g.prompt_ids in [r["group"].prompt_ids for r in rolls]
+                found |= dict(zip(g.row["index"], g.completion_ids))
+        assert [found[i] for i in range(12)] == [ids for r in rolls for ids in r["ids"]]
+
+
+def test_g5_training_forward_gives_the_log_probs_of_the_rollout():
+    args, encoder, groups, policy, none = setup("--temperature", "0.7")
+    answers = common.sample(policy, [g.prompt_ids for g in groups], 3, 8, encoder.stops, 0.7, seed=1)
+    made = [common.Group("", "", [], {}, g.prompt_ids, [a.ids for a in answers[i]]) for i, g in enumerate(groups)]
+    logp, _ = train_grpo.forward(policy, made, True, args)
+    assert torch.allclose(logp, torch.tensor([x for group in answers for a in group for x in a.logps]), atol=1e-5)
+
+
+def reward_model(folder, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1)
+    model.config.pad_token_id = 0
+    model.config.reward_mean, model.config.reward_std = 0.3, 2.0
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    return model
+
+
+def test_g18_a_reward_model_scores_text_as_plain_transformers_does(tmp_path):
+    model = reward_model(tmp_path / "rm").eval()
+    args, encoder, groups, _, _ = setup()
+    f = train_grpo.load_rewards([str(tmp_path / "rm")], args, torch.device("cpu"), "--reward")["rm"]
+    texts = [str(i * 7) for i in range(len(groups))]
+    for g, text, score in zip(groups, texts, f(groups, texts, None)):
+        ids = encoder.tokenizer.apply_chat_template(g.prompt + [{"role": "assistant", "content": text}], return_dict=False, return_tensors="pt")
+        assert score == pytest.approx((model(ids).logits[0, 0].item() - 0.3) / 2, abs=1e-4)
+
+
+# --- the script --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    return out, run(out, "--max-steps", 6, "--eval-every", 3)
+
+
+def test_zero_flag_smoke(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the script used the network"))
+    monkeypatch.chdir(tmp_path)
+    main(["--max-steps", "2", "--eval-samples", "16"])
+    said = capsys.readouterr().out
+    assert "pass@1" in said and {f.name for f in Path("runs/grpo").iterdir()} >= {"config.json", "model.safetensors", "args.json", "metrics.jsonl", "completions.jsonl", "checkpoint"}
+
+
+def test_metrics_of_the_first_step(straight):
+    first = straight[1][1]
+    assert first["kl"] == pytest.approx(0, abs=1e-8) and first["clip_ratio"] == 0 and first["step"] == 1
+    assert set(first) >= {"loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "clip_ratio",
+                          "completions/mean_length", "completions/clipped_ratio", "completions/identical", "rewards/right/mean", "rewards/right/count", "tokens_per_second"}
+    assert first["loss"] == pytest.approx(0, abs=1e-5)       # D7: mean advantage 0, ratio 1: a loss of 0 at the start is right
+    rows = [json.loads(line) for line in (straight[0] / "completions.jsonl").read_text().splitlines()]
+    assert all(len(r["completions"]) == len(r["rewards"]) == len(r["advantages"]) == 4 for r in rows)
+    assert all(abs(sum(r["advantages"])) < 1e-5 for r in rows)
+
+
+def test_d2_resume_is_bit_equal_rollouts_included(straight, tmp_path, monkeypatch):
+    def die(out, step, values, log=train_grpo.log):
+        if step == 5:
+            raise RuntimeError("killed")
+        log(out, step, values)
+    monkeypatch.setattr(train_grpo, "log", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, "--max-steps", 6, "--eval-every", 3, "--save-every", 2)
+    monkeypatch.undo()
+    lines = run(tmp_path, "--max-steps", 6, "--eval-every", 3, "--save-every", 2, "--resume")
+    assert timeless(lines) == timeless(straight[1])
+    assert (tmp_path / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
+    last = lambda out: [json.loads(x) for x in (out / "completions.jsonl").read_text().splitlines()][-4:]  # noqa: E731
+    assert last(tmp_path) == last(straight[0])
+
+
+@pytest.mark.parametrize("flags", [["--loss", x] for x in LOSSES] + [["--kl", "reward"], ["--kl", "k2", "--mask-truncated"], ["--updates-per-batch", 2, "--minibatches", 2]],
+                         ids=lambda f: "-".join(map(str, f)))
+def test_b15_micro_batches_do_not_change_the_result(flags, tmp_path):
+    states = []
+    for budget in (100_000, 40, 1):
+        lines = run(tmp_path / str(budget), "--max-steps", 2, "--lr", 1e-3, "--micro-batch-tokens", budget, *flags)
+        states.append((common.AutoModelForCausalLM.from_pretrained(tmp_path / str(budget)).state_dict(), lines[1]["grad_norm"], lines[1]["loss"]))
+    for state, norm, loss in states[1:]:
+        assert norm == pytest.approx(states[0][1], rel=1e-3) and loss == pytest.approx(states[0][2], abs=1e-5)
+
+
+def test_g6_second_update_sees_moved_weights_and_the_old_log_probs(tmp_path):
+    one = run(tmp_path / "a", "--max-steps", 1, "--updates-per-batch", 1, "--lr", 5e-3, "--warmup-steps", 0)
+    two = run(tmp_path / "b", "--max-steps", 1, "--updates-per-batch", 2, "--lr", 5e-3, "--warmup-steps", 0)
+    assert one[1]["clip_ratio"] == 0 < two[1]["clip_ratio"] and one[1]["entropy"] == pytest.approx(two[1]["entropy"], abs=1e-5)
+
+
+def test_g9_beta_pulls_towards_the_reference(tmp_path):
+    free = run(tmp_path / "a", "--max-steps", 6, "--lr", 3e-3, "--beta", 1e-9)[-2]["kl"]
+    held = run(tmp_path / "b", "--max-steps", 6, "--lr", 3e-3, "--beta", 5)[-2]["kl"]
+    assert held < free / 2
+
+
+def test_beta_0_loads_no_reference_and_options_run(tmp_path, monkeypatch):
+    loads, load = [], train_grpo.load_model
+    monkeypatch.setattr(train_grpo, "load_model", lambda *a: (loads.append(a), load(*a))[1])
+    lines = run(tmp_path / "a", "--beta", 0, "--max-steps", 2, "--dynamic-sampling", "--overlong-penalty", 2, "--advantage", "batch-std")
+    assert len(loads) == 1 and "kl" not in lines[1] and lines[1]["completions/sampled_groups"] >= 4
+    reward_model(tmp_path / "rm")
+    spec = f"{TOY / 'reward.py'}:right"
+    lines = run(tmp_path / "b", "--reward", tmp_path / "rm", f"{TOY / 'reward.py'}:close", "--reward-weights", 1, 0.5, "--watch", spec, "--max-steps", 1)
+    assert {"rewards/rm/mean", "rewards/close/mean", "rewards/right/mean", "rewards/right/count"} <= set(lines[1])
+
+
+def test_no_gradient_where_all_rewards_are_alike(tmp_path):
+    (tmp_path / "r.py").write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
+    lines = run(tmp_path / "o", "--reward", f"{tmp_path / 'r.py'}:one", "--beta", 0, "--max-steps", 1)
+    assert lines[1]["frac_reward_zero_std"] == 1 and lines[1]["grad_norm"] == 0 and lines[1]["reward_std"] == 0
+    (tmp_path / "n.py").write_text("def none(completions, **_):\n    return [None] * len(completions)\n")
+    lines = run(tmp_path / "p", "--reward", f"{tmp_path / 'n.py'}:none", "--beta", 0, "--max-steps", 1)
+    assert "reward" not in lines[1] and lines[1]["rewards/none/count"] == 0 and lines[1]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--group-size", "1"], ["--group-size"]), (["--temperature", "0"], ["--temperature"]), (["--loss", "gpro"], ["gpro", "'grpo'"]),
+    (["--reward", "nothing.py:f"], ["nothing.py:f"]), (["--reward", f"{TOY / 'reward.py'}:wrong"], ["wrong", "reward.py"]),
+    (["--reward", str(TOY / "model")], ["not a reward model", "train_rm.py"]), (["--reward-weights", "1", "2"], ["--reward-weights"]),
+    (["--loss", "gspo", "--dual-clip", "3"], ["--dual-clip"]), (["--loss", "rloo", "--advantage", "group-std"], ["--advantage"]),
+    (["--beta", "0", "--ref-model", "x"], ["--ref-model"]), (["--max-new-tokens", "512"], ["--max-new-tokens"]),
+])
+def test_bad_input_ends_in_one_sentence(flags, words, capsys, tmp_path):
+    said = refused(capsys, *flags, "--output-dir", tmp_path / "out")
+    assert all(w in said for w in words), said
+
+
+def test_clip_defaults_belong_to_the_loss():
+    assert [(parse_args(["--loss", x]).clip_low, parse_args(["--loss", x]).clip_high) for x in LOSSES] == [CLIP[x] for x in LOSSES]

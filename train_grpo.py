@@ -1,0 +1,742 @@
+"""Improve a language model on a reward by sampling: group relative policy optimisation (GRPO) and its variants.
+
+    python train_grpo.py                                     # about @GRPO_TIME@ on two CPU cores, no network
+    python train_grpo.py --model DIR --dataset prompts.jsonl --reward my_rewards.py:f --learning-rate 1e-6
+
+With no flags it trains the toy of tests/toy (sums) on a reward of 1 for the right sum: the share of right samples on sums
+that it never saw (pass@1) goes from about 45 % to above 90 %. The first step's ratio is exactly 1, its KL exactly 0.
+
+"GRPO" means at least five different things in public code. Here, by default (Shao et al. 2024, arXiv 2402.03300, eq. 3):
+  advantage    (r − mean of the group) / (std of the group + 1e-4), std with G − 1; --advantage, see (5)
+  normaliser   1/|o| within a completion, then the mean over the completions of the whole step, never of a micro-batch
+  clip         ratio per token, 1 − 0.2 … 1 + 0.2; matters only from the second update on a batch on
+  KL           k3 to the starting policy, per token, added to the loss with β = 0.04; what it descends is said at (9)
+  no variance  a group whose rewards are all alike has advantage 0: it costs its forward and, with β > 0, gives KL
+               gradient; it stays in every denominator. --dynamic-sampling replaces such groups
+Differs from the paper in: one update per batch and no reward model retrained on the way.
+Variants are one function each in LOSSES. Rewards have trl's signature, so that yours runs here unchanged.
+"""
+# --- derivation --------------------------------------------------------------------------------------------------------
+#
+# Notation: x prompt, o_1 … o_G sampled answers, o_{i,t} their tokens, r_i rewards, π the policy, π_old the policy that
+# sampled, π_ref the frozen start. log π(o|x) = Σ_t log π(o_t | x, o_<t), end token included, all at --temperature.
+#
+# 1. The goal is the expected reward, and its gradient is an expectation too (log-derivative trick):
+#
+#        J(π) = E_x E_{o~π} [ r(x, o) ]        ∇J = E_{o~π} [ r(x, o) ∇ log π(o|x) ]                                  (1)
+#
+# 2. A baseline costs nothing. For any b that does not depend on o, E_{o~π}[ b ∇ log π(o|x) ] = b ∇ Σ_o π(o|x) = 0, so
+#
+#        ∇J = E [ (r − b) ∇ log π(o|x) ]                                                                             (2)
+#
+#    A value network estimates the best b. GRPO instead samples a group and takes its mean: b = mean(r_1 … r_G). This b
+#    does contain r_i: that shrinks the gradient by (G − 1)/G, no more. Leaving i out makes it exact (RLOO):
+#
+#        r_i − mean_{j≠i} r_j = G/(G − 1) · (r_i − mean_j r_j)                                                        (3)
+#
+# 3. Old samples may be used again by importance weights, ρ = π/π_old, whose gradient at π = π_old is (2):
+#
+#        ∇ ρ_t A = ρ_t A ∇ log π(o_t|·)       so at the first update  ∇ = A ∇ log π                                   (4)
+#
+#    Far from π_old the weights are wild; PPO's clip removes the gain from moving further than 1 ± ε in A's direction.
+#
+# 4. Advantage. All group based; the scale is a choice, and each choice is somebody's "GRPO":
+#
+#        A_i = (r_i − mean) / (std_group + 1e-4)   group-std: hard and easy prompts weigh alike (GRPO, DAPO, GSPO)
+#              (r_i − mean) / (std_batch + 1e-4)   batch-std: one scale for the step
+#               r_i − mean                         none: unbiased up to (3) (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783)   (5)
+#
+# 5. Surrogates, to be maximised, per token t of completion i:
+#
+#        ℓ = min( ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A )          grpo, dapo, dr-grpo                               (6)
+#        the same with s_i = exp( mean_t log ρ_t ) for all t       gspo (Zheng et al. 2025, arXiv 2507.18071)         (7)
+#        sg[ min(ρ, 1 + ε_high) ] A log π                          cispo (MiniMax 2025, arXiv 2506.13585)             (8)
+#
+#    and their sum is weighted. n_i tokens in completion i, N completions, M tokens in the step, L = --max-new-tokens:
+#    grpo, gspo 1/(n_i N): short answers weigh more per token · dapo, cispo 1/M · dr-grpo 1/(N L): no length bias ·
+#    rloo 1/N on the whole sequence's ratio. (dapo: Yu et al. 2025, arXiv 2503.14476, there per group.)
+#
+# 6. Staying near π_ref: subtract β KL(π ‖ π_ref). With d = log π_ref(o_t) − log π(o_t), o_t sampled from π:
+#
+#        k1 = −d        k2 = d²/2        k3 = e^d − 1 − d           E[k1] = E[k3] = KL(π ‖ π_ref) per token           (9)
+#
+#    But the gradient of an expectation is not the expectation of a gradient, for π is also what we sample from:
+#      k1 as a loss term     E[∇k1] = E[∇ log π] = 0: no force at all
+#      k2 as a loss term     E[−d ∇ log π] = ∇ KL(π ‖ π_ref), the one in the objective                       --kl k2
+#      k3 as a loss term     E[(1 − e^d) ∇ log π] = ∇ KL(π_ref ‖ π), the other direction; the paper's        --kl k3
+#      k3 · ρ                ∇ KL(π ‖ π_ref), unbiased also off policy                                       --kl k3-unbiased
+#      k1 in the reward      r − β Σ_t k1: ∇ KL(π ‖ π_ref) through (2), with its variance                    --kl reward
+#    test_eq9 checks each by enumeration. β = 0 loads no reference.
+
+# --- imports -----------------------------------------------------------------------------------------------------------
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import statistics
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from common import (Group, account, calibrate, can_pack, fail, load_encoder, load_model, load_reward_model, lay_out, micro_batches,
+                    plan_steps, read_groups, reward_scores, sample, split_by_prompt, sum_by_completion, token_logps, tokenise)
+
+TOY = Path(__file__).parent / "tests" / "toy"
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, usage="%(prog)s [--flag value …]  (--help lists the flags)",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # --- shared: flags ---
+    g = p.add_argument_group("model and data")
+    g.add_argument("--model", default=str(TOY / "model"), help="directory or hub id to start from")
+    g.add_argument("--dataset", default="", help=".json .jsonl .csv .parquet (also .gz) or a hub id")
+    g.add_argument("--split", default="train", help="split of a hub dataset")
+    g.add_argument("--eval-dataset", help="evaluate on this instead of a part of --dataset")
+    g.add_argument("--eval-fraction", type=float, default=0.1, help="share of the prompts held out for evaluation (0 = none)")
+    g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename columns: prompt=question chosen=best")
+    g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which of its two labels")
+    g.add_argument("--limit", type=int, default=0, help="only the first N rows (0 = all)")
+    g.add_argument("--chat", action="store_true", help="plain-text prompts become user turns of the chat template")
+    g.add_argument("--chat-template", metavar="FILE", help="Jinja template instead of the tokeniser's own")
+    g.add_argument("--max-length", type=int, default=1024, help="tokens of prompt + completion")
+    g.add_argument("--overlong", choices=["drop", "truncate"], default="drop", help="groups over --max-length: drop, or cut completions")
+    g = p.add_argument_group("run")
+    g.add_argument("--output-dir", default="", help="model, args.json, metrics.jsonl and checkpoint/ go here")
+    g.add_argument("--epochs", type=int, default=1, help="passes over the data")
+    g.add_argument("--max-steps", type=int, default=0, help="optimizer steps; wins over --epochs where > 0")
+    g.add_argument("--batch-size", type=int, default=32, help="groups (prompts) per optimizer step: statistics")
+    g.add_argument("--micro-batch-tokens", type=int, default=8192, help="tokens per forward: memory, no effect on the result")
+    g.add_argument("--learning-rate", "--lr", type=float, default=0.0, help="peak; the default suits the toy; over 100 M parameters DPO wants about 1e-6, a reward model 1e-5")
+    g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up, to 0")
+    g.add_argument("--warmup-steps", type=int, default=-1, help="linear warm-up (< 0: a tenth of the steps)")
+    g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
+    g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm (0 = no clipping)")
+    g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations (0 = start and end only)")
+    g.add_argument("--save-every", type=int, default=0, help="steps between checkpoints (0 = at the end only)")
+    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
+    g.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; auto = bfloat16 on cuda; weights stay float32")
+    # --- end shared ---
+    g = p.add_argument_group("rewards")
+    g.add_argument("--reward", nargs="+", default=[f"{TOY / 'reward.py'}:right"], metavar="SPEC", help="file.py:function, or a reward-model directory")
+    g.add_argument("--reward-weights", nargs="+", type=float, default=[], help="one per --reward (none: 1 each)")
+    g.add_argument("--reward-aggregate", choices=["sum", "min"], default="sum", help="of the weighted rewards of an answer")
+    g.add_argument("--watch", nargs="+", default=[], metavar="SPEC", help="rewards that are logged and not trained on: gold beside proxy")
+    g.add_argument("--calibrate-length", action="store_true", help="take the length trend stored in a reward model out of its scores")
+    g.add_argument("--overlong-penalty", type=int, default=0, metavar="C", help="soft penalty 0 … −1 over the last C tokens before --max-new-tokens (0 = none)")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--group-size", type=int, default=8, help="answers per prompt")
+    g.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
+    g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every log-prob that is trained on")
+    g.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability (< 1 is off policy)")
+    g.add_argument("--dynamic-sampling", action="store_true", help="replace groups whose rewards are all alike by other prompts, up to 4 times a step")
+    g.add_argument("--eval-samples", type=int, default=128, help="held-out prompts to sample for at each evaluation")
+    g.add_argument("--eval-k", type=int, default=4, help="answers for each of them: pass@1 … pass@k")
+    g = p.add_argument_group("GRPO")
+    g.add_argument("--loss", choices=LOSSES, default="grpo", help="; ".join(f"{k}: {f.__doc__.splitlines()[0]}" for k, f in LOSSES.items()))
+    g.add_argument("--advantage", choices=["group-std", "batch-std", "none"], help="scale (5); default: none for dr-grpo and rloo, else group-std")
+    g.add_argument("--clip-low", type=float, help=f"ε_low; default by loss: {CLIP}")
+    g.add_argument("--clip-high", type=float, help="ε_high; default by loss, as --clip-low")
+    g.add_argument("--dual-clip", type=float, default=0.0, metavar="C", help="grpo, dapo, dr-grpo: for A < 0 no objective below C·A, C > 1 (0 = off)")
+    g.add_argument("--beta", type=float, default=0.04, help="weight of the KL to the reference (0: none is loaded)")
+    g.add_argument("--kl", choices=["k3", "k2", "k3-unbiased", "reward"], default="k3", help="estimator and place of the KL (9)")
+    g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
+    g.add_argument("--updates-per-batch", type=int, default=1, help="passes over each batch of samples")
+    g.add_argument("--minibatches", type=int, default=1, help="optimizer steps per pass, over disjoint parts of the batch")
+    g.add_argument("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens leave numerator and denominators")
+    p.set_defaults(dataset=str(TOY / "prompts.jsonl"), output_dir="runs/grpo", learning_rate=5e-4)
+    args = p.parse_args(argv)
+    # --- shared: refused flags ---
+    for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("limit", "max_steps", "eval_every", "save_every", "learning_rate", "weight_decay", "max_grad_norm"):
+        if not 0 <= getattr(args, name) < math.inf:
+            p.error(f"--{name.replace('_', '-')} must not be negative")
+    if not 0 <= args.eval_fraction < 1:
+        p.error("--eval-fraction must be in [0, 1)")
+    # --- end shared ---
+    if args.group_size < 2:
+        p.error("--group-size must be at least 2: the baseline is the group's mean")
+    for name in ("max_new_tokens", "updates_per_batch", "minibatches", "eval_k"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        p.error("--temperature must be above 0 and --top-p in (0, 1]")
+    if args.beta < 0 or args.overlong_penalty < 0 or args.eval_samples < 0:
+        p.error("--beta, --overlong-penalty and --eval-samples must not be negative")
+    if args.reward_weights and len(args.reward_weights) != len(args.reward):
+        p.error(f"--reward-weights needs {len(args.reward)} numbers, one per --reward")
+    if args.dual_clip and (args.loss not in ("grpo", "dapo", "dr-grpo") or args.dual_clip <= 1):
+        p.error("--dual-clip is above 1 and goes with --loss grpo, dapo or dr-grpo")
+    if args.loss == "rloo" and args.advantage not in (None, "none"):
+        p.error("--loss rloo has its own baseline (3) and no scale: drop --advantage")
+    if args.ref_model and not args.beta:
+        p.error("--ref-model without a KL: set --beta above 0")
+    args.advantage = args.advantage or ("none" if args.loss in ("dr-grpo", "rloo") else "group-std")
+    args.clip_low = CLIP[args.loss][0] if args.clip_low is None else args.clip_low
+    args.clip_high = CLIP[args.loss][1] if args.clip_high is None else args.clip_high
+    args.reward_weights = args.reward_weights or [1.0] * len(args.reward)
+    return args
+
+
+# --- the algorithm: pure functions ---------------------------------------------------------------------------------------
+# Shapes: P prompts, G answers each; in a micro-batch K answers with T tokens, owner (T,) says whose a token is.
+# A loss: logp, old (T,) log-probs now and when sampled, A (K,) advantages → (T,) losses, to be weighted by weights().
+
+def mean_by_owner(values, owner, count):
+    """(T,) → (K,) mean over each answer's tokens."""
+    total = torch.zeros(count, device=values.device).index_add(0, owner, values)
+    return total / torch.zeros(count, device=values.device).index_add(0, owner, torch.ones_like(values))
+
+
+def clipped(log_ratio, A, args):
+    """−min( ρ A, clip(ρ) A ), and for A < 0 with --dual-clip C no less than C·A inside: (T,).  (6)"""
+    ratio = log_ratio.clamp(-20, 20).exp()
+    objective = torch.minimum(ratio * A, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * A)
+    if args.dual_clip:
+        objective = torch.where(A < 0, torch.maximum(objective, args.dual_clip * A), objective)
+    return -objective
+
+
+def grpo(logp, old, A, owner, args):
+    """ratio per token, 1/|o| per answer, mean over answers (Shao et al. 2024, eq. 3)"""
+    return clipped(logp - old, A[owner], args)
+
+
+def dapo(logp, old, A, owner, args):
+    """as grpo, but mean over all tokens of the step, higher upper clip (Yu et al. 2025, eq. 8)"""
+    return clipped(logp - old, A[owner], args)
+
+
+def dr_grpo(logp, old, A, owner, args):
+    """as grpo, but divided by the constant --max-new-tokens, advantage without std (Liu et al. 2025)"""
+    return clipped(logp - old, A[owner], args)
+
+
+def gspo(logp, old, A, owner, args):
+    """one ratio per answer, exp of the mean log-ratio, clipped per answer (Zheng et al. 2025, eq. 5)"""
+    return clipped(mean_by_owner(logp - old, owner, len(A)), A, args)[owner]                         # (K,) → (T,)  (7)
+
+
+def cispo(logp, old, A, owner, args):
+    """clips the weight, not the token: sg[min(ρ, 1 + ε_high)] A log π, token mean (MiniMax 2025, eq. 4)"""
+    return -(logp - old).clamp(-20, 20).exp().clamp(max=1 + args.clip_high).detach() * A[owner] * logp          # (8)
+
+
+def rloo(logp, old, A, owner, args):
+    """leave-one-out baseline (3), the whole answer's ratio (Ahmadian et al. 2024)"""
+    return clipped(torch.zeros_like(A).index_add(0, owner, logp - old), A, args)[owner]              # (K,) → (T,)
+
+
+LOSSES = {"grpo": grpo, "dapo": dapo, "dr-grpo": dr_grpo, "gspo": gspo, "cispo": cispo, "rloo": rloo}
+CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr-grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0), "rloo": (0.2, 0.2)}
+
+
+def weights(lengths, loss, max_new_tokens):
+    """Weight of each token of every answer of a whole step, so that a sum over micro-batches is the loss: (N,) → (N,).
+
+    lengths: tokens of each answer, 0 for answers that do not count (masked or without a reward): they are in no denominator.
+    """
+    n = torch.tensor(lengths, dtype=torch.float32)
+    answers, tokens = max(1, int((n > 0).sum())), max(1.0, n.sum().item())
+    if loss in ("dapo", "cispo"):
+        w = torch.full_like(n, 1 / tokens)
+    elif loss == "dr-grpo":
+        w = torch.full_like(n, 1 / (answers * max_new_tokens))
+    else:                                                    # gspo and rloo give every token its answer's loss: 1/n sums to one
+        w = 1 / (n.clamp(min=1) * answers)
+    return torch.where(n > 0, w, 0)
+
+
+def kl_term(kind, logp, old, ref):
+    """Per-token KL estimate that is added to the loss, with what it descends: (T,). See (9)."""
+    d = (ref - logp).clamp(-20, 20)                          # e^20 is large enough; e^100 is infinite
+    if kind == "k2":
+        return d.square() / 2                                # ∇ KL(π ‖ π_ref)
+    k3 = d.exp() - 1 - d                                     # ∇ KL(π_ref ‖ π)
+    return k3 if kind == "k3" else (logp - old).clamp(-20, 20).exp() * k3                            # · ρ: ∇ KL(π ‖ π_ref)
+
+
+def advantages(rewards, scale, loss="grpo"):
+    """(P, G) rewards, NaN where an answer has none → (P, G) advantages, 0 there.  (3), (5)
+
+    std with G − 1 and + 1e-4; in float64, for eight rewards of 0.1 have a standard deviation of 8e-9 in float32.
+    """
+    r = rewards.double()
+    valid = ~r.isnan()
+    n = valid.sum(1, keepdim=True)
+    mean = r.nansum(1, keepdim=True) / n.clamp(min=1)
+    centred = torch.where(valid, r - mean, 0)
+    if loss == "rloo":
+        return torch.where(n > 1, centred * n / (n - 1).clamp(min=1), 0).float()                     # (3)
+    if scale == "group-std":
+        centred = centred / ((centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+    elif scale == "batch-std":
+        every = r[valid]
+        centred = centred / ((every.std() if len(every) > 1 else torch.tensor(0.0)) + 1e-4)
+    return torch.where(n > 1, centred, 0).float()
+
+
+def overlong_penalty(length, limit, cache):
+    """Soft over-long punishment (Yu et al. 2025, eq. 13): 0 up to limit − cache tokens, then linear to −1 at the limit."""
+    return min(0.0, (limit - cache - length) / cache) if cache else 0.0
+
+
+def pass_at_k(n, right, k):
+    """Unbiased estimate of P(at least one of k is right) from n answers of which `right` are (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def combine(by_reward, reward_weights, how):
+    """R lists of N numbers or None → N weighted sums (or minima) over those that are there, None where none is."""
+    result = []
+    for row in zip(*by_reward):
+        there = [w * r for w, r in zip(reward_weights, row) if r is not None]
+        result.append({"sum": sum, "min": min}[how](there) if there else None)
+    return result
+
+
+# --- rewards -----------------------------------------------------------------------------------------------------------
+
+def load_rewards(specs, args, device, flag):
+    """Names → functions f(groups, texts, ids) → list of numbers or None, one per answer; texts are what the policy wrote."""
+    rewards = {}
+    for spec in specs:
+        file, _, function = spec.rpartition(":")
+        if Path(spec).is_dir():
+            name, f = Path(spec).name, model_reward(spec, args, device, flag)
+        elif file.endswith(".py") and Path(file).is_file():
+            module_spec = importlib.util.spec_from_file_location(f"reward_{len(rewards)}", file)
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+            if not callable(getattr(module, function, None)):
+                fail(f"{flag} {spec}: {file} has no function '{function}'.")
+            name, f = function, function_reward(getattr(module, function), spec, flag)
+        else:
+            fail(f"{flag} {spec}: neither file.py:function nor a reward-model directory.")
+        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = f
+    return rewards
+
+
+def function_reward(function, spec, flag):
+    """A user's f(prompts, completions, **columns) → list; in a chat a completion is [{"role": "assistant", "content": …}]."""
+    def reward(groups, texts, ids):
+        chat = not isinstance(groups[0].prompt, str)
+        columns = {k: [g.row.get(k) for g in groups] for k in groups[0].row if k not in ("prompt", "completions", "completion_ids")}
+        values = function(prompts=[g.prompt for g in groups], completion_ids=ids, **columns,
+                          completions=[[{"role": "assistant", "content": t}] for t in texts] if chat else texts)
+        if not isinstance(values, (list, tuple)) or len(values) != len(texts):
+            fail(f"{flag} {spec}: it returned {len(values) if hasattr(values, '__len__') else repr(values)} values for {len(texts)} answers.")
+        for value, text in zip(values, texts):
+            if value is not None and not math.isfinite(value):
+                fail(f"{flag} {spec}: its reward is {value} for the answer {text[:60]!r}.")
+        return [None if v is None else float(v) for v in values]
+    return reward
+
+
+def model_reward(path, args, device, flag):
+    """A reward model with its own tokeniser and template, the end token as in its training, z-scored by its stored statistics."""
+    encoder = load_encoder(path, flag=flag)
+    model = load_reward_model(path, encoder, device, flag)
+    mean, std, packed = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0) or 1.0, []
+    curve = getattr(model.config, "reward_by_length", None)
+    if args.calibrate_length and not curve:
+        fail(f"--calibrate-length: {path} stores no length curve; train it with train_rm.py.")
+
+    @torch.no_grad()
+    def reward(groups, texts, ids):
+        made = [encoder(Group(g.where, g.prompt, [t])) for g, t in zip(groups, texts)]
+        if not packed:
+            packed.append(can_pack(model, made, reward_scores))
+        scores = {}
+        for micro in micro_batches(made, args.micro_batch_tokens):
+            values = reward_scores(model, lay_out(model, micro, packed[0])).tolist()
+            scores |= {id(g): v for g, v in zip(micro, values)}
+        values = [scores[id(g)] for g in made]
+        if args.calibrate_length:
+            values = [calibrate(v, len(g.completion_ids[0]), curve, mean) for v, g in zip(values, made)]
+        return [(v - mean) / std for v in values]
+    return reward
+
+
+# --- rollout -----------------------------------------------------------------------------------------------------------
+
+def draw_seed(*parts):
+    """A seed that is a function of run seed, step and purpose: nothing random is carried from step to step, so resume is exact."""
+    return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:15], 16)
+
+
+def rollout(policy, encoder, prompts, rewards, watch, args, autocast, n, seed, progress=None):
+    """Sample n answers for each prompt and reward them → one dict a prompt with lists of n: ids, ended, texts, reward, by_reward."""
+    with autocast:
+        answers = sample(policy, [g.prompt_ids for g in prompts], n, args.max_new_tokens, encoder.stops, args.temperature, args.top_p,
+                         seed=seed, progress=progress)
+    groups = [g for g in prompts for _ in range(n)]          # p1 p1 p1 p2 p2 p2: each answer beside its own row's columns
+    flat = [a for group in answers for a in group]
+    texts = [encoder.decode(a.ids) for a in flat]
+    values = {name: f(groups, texts, [a.ids for a in flat]) for name, f in {**rewards, **watch}.items()}
+    total = combine([values[name] for name in rewards], args.reward_weights, args.reward_aggregate)
+    cut = lambda xs, i: xs[i * n:(i + 1) * n]  # noqa: E731
+    return [{"group": g, "ids": [a.ids for a in answers[i]], "ended": [a.ended for a in answers[i]], "texts": cut(texts, i),
+             "reward": cut(total, i), "by_reward": {k: cut(v, i) for k, v in values.items()}} for i, g in enumerate(prompts)]
+
+
+def alike(roll):
+    """No two rewards of the group differ: no gradient. On the raw reward, before length shaping (DAPO's dynamic sampling)."""
+    return len({r for r in roll["reward"] if r is not None}) < 2
+
+
+def fill(rolls, sample_more, train, args, step):
+    """Dynamic sampling: replace groups of no variance by groups for other prompts, in at most 4 rounds → (rolls, sampled groups)."""
+    kept, sampled = [r for r in rolls if not alike(r)], len(rolls)
+    for round_ in range(1, 5):
+        if len(kept) >= len(rolls):
+            break
+        more = random.Random(f"{args.seed} {step} {round_}").sample(train, min(len(train), len(rolls) - len(kept)))
+        kept += [r for r in sample_more(more, draw_seed(args.seed, "train", step, round_)) if not alike(r)]
+        sampled += len(more)
+    return kept, sampled
+
+
+def forward(model, groups, packed, args):
+    """Log-probs of all completion tokens of a micro-batch at the sampling temperature, and whose they are: (T,), (T,)."""
+    batch = lay_out(model, groups, packed)
+    return token_logps(model, batch, args.temperature), batch.owner
+
+
+def pieces(rolls, budget):
+    """Groups to train on, cut into micro-batches. A group over the budget is split: the loss is a sum over answers, so it may be.
+
+    row["index"] says which answers of the step (numbered through all rolls) a piece holds.
+    """
+    groups, i = [], 0
+    for roll in rolls:
+        part = None
+        for ids in roll["ids"]:
+            if part is None or part.tokens() + len(ids) > budget:
+                part = Group(roll["group"].where, roll["group"].prompt, [], {"index": []}, roll["group"].prompt_ids)
+                groups.append(part)
+            part.completion_ids.append(ids)
+            part.row["index"].append(i)
+            i += 1
+    return micro_batches(groups, budget)
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------
+
+def evaluate(policy, encoder, groups, rewards, watch, args, autocast):
+    """Fresh samples for held-out prompts: mean reward, pass@1 with its standard error over prompts, pass@k, mean length.
+
+    A sample passes where the first --reward is above 0.5: exact for rewards of 0 and 1, a threshold for others.
+    """
+    asked = groups[:args.eval_samples]
+    rolls = rollout(policy, encoder, asked, rewards, watch, args, autocast, args.eval_k, draw_seed(args.seed, "eval"), "evaluate")
+    every = [r for roll in rolls for r in roll["reward"] if r is not None]
+    first = next(iter(rewards))
+    right = [sum(r is not None and r > 0.5 for r in roll["by_reward"][first]) for roll in rolls]
+    share = [x / args.eval_k for x in right]
+    result = {"eval/pass@1": statistics.mean(share), "eval/pass@1_se": (statistics.stdev(share) / math.sqrt(len(share)) if len(share) > 1 else 0.0),
+              f"eval/pass@{args.eval_k}": statistics.mean(pass_at_k(args.eval_k, x, args.eval_k) for x in right), "eval/n": len(asked),
+              "eval/mean_length": statistics.mean(len(ids) for roll in rolls for ids in roll["ids"]),
+              "eval/clipped_ratio": statistics.mean(not e for roll in rolls for e in roll["ended"])}
+    if every:
+        result["eval/reward"] = statistics.mean(every)
+    for name in {**rewards, **watch}:
+        values = [v for roll in rolls for v in roll["by_reward"][name] if v is not None]
+        if values:
+            result[f"eval/rewards/{name}/mean"] = statistics.mean(values)
+    return result
+
+
+def eval_line(step, result, args):
+    line = (f"step {step}: eval reward {result.get('eval/reward', math.nan):.3f}, pass@1 {100 * result['eval/pass@1']:.1f} ± {100 * result['eval/pass@1_se']:.1f} %, "
+            f"pass@{args.eval_k} {100 * result[f'eval/pass@{args.eval_k}']:.1f} % of {result['eval/n']} prompts, mean length {result['eval/mean_length']:.1f}")
+    extra = {k.split("/")[2]: v for k, v in result.items() if k.startswith("eval/rewards/")}
+    return line + (", " + ", ".join(f"{k} {v:.3f}" for k, v in extra.items()) if len(extra) > 1 else "")
+
+
+# --- the run directory -------------------------------------------------------------------------------------------------
+# --- shared: run directory ---
+
+def lr_at(step, steps, args):
+    """Learning rate of update `step` (from 0) of `steps`: linear warm-up, then the schedule; it would be 0 at update `steps`."""
+    warmup = args.warmup_steps if args.warmup_steps >= 0 else steps // 10
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)          # 0 … 1
+    return args.learning_rate * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_schedule]
+
+
+def save_checkpoint(folder, model, optimizer, step):
+    """Weights and AdamW state after `step` updates, as safetensors in folder/step-N. Written beside, then renamed: one
+    rename is atomic, so a kill at any moment leaves the old checkpoint or the new one whole. No random state is kept,
+    since every random draw is a function of the seed and the step."""
+    writing = folder / "writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, writing / "weights.safetensors")
+    moments = {f"{i}.{k}": v.contiguous() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    save_file(moments, writing / "optimizer.safetensors")
+    final = folder / f"step-{step}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(writing, final)
+    for old in folder.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Restores model and optimizer from the newest checkpoint in folder and returns its number of updates."""
+    newest = max(folder.glob("step-*"), key=lambda f: int(f.name[5:]))
+    weights = load_file(newest / "weights.safetensors")
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(weights[n])
+    state = {}
+    for key, value in load_file(newest / "optimizer.safetensors").items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(newest.name[5:])
+
+
+def open_run(args):
+    """Makes the run directory → (folder, updates already done). --resume: the flags that shape the result must be the same."""
+    out = Path(args.output_dir)
+    free = {"resume", "output_dir", "max_steps", "epochs", "eval_every", "eval_samples", "save_every", "micro_batch_tokens", "device"}
+    done = max((int(f.name[5:]) for f in out.glob("checkpoint/step-*")), default=None)
+    if args.resume:
+        if done is None:
+            fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
+        before = json.loads((out / "args.json").read_text())
+        for key, value in vars(args).items():
+            if key not in free and before.get(key) != value:
+                fail(f"--resume: this run began with --{key.replace('_', '-')} {before.get(key)}, not {value}.")
+        lines = [line for line in (out / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= done]
+        (out / "metrics.jsonl").write_text("".join(lines))   # what came after the checkpoint will be done again
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        if done is not None:                                 # never delete somebody's work, never resume from it by mistake
+            shutil.rmtree(out / "checkpoint-old", ignore_errors=True)
+            os.replace(out / "checkpoint", out / "checkpoint-old")
+            print(f"{out}: the checkpoint of an earlier run is kept in checkpoint-old")
+        (out / "metrics.jsonl").write_text("")
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    return out, done if args.resume else 0
+
+
+def save_model(out, model, tokenizer):
+    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole."""
+    writing = out / "writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    model.save_pretrained(writing)
+    tokenizer.save_pretrained(writing)
+    for file in sorted(writing.iterdir()):
+        os.replace(file, out / file.name)
+    writing.rmdir()
+
+
+def log(out, step, values):
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once."""
+    caught = []
+
+    def on_signal(number, frame):
+        caught.append(number)
+        tqdm.write("stopping after this step, with a checkpoint (again: at once)")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_, on_signal)
+    return caught
+
+
+# --- end shared ---
+
+# --- main --------------------------------------------------------------------------------------------------------------
+
+def load_data(source, args, encoder, what):
+    """Rows → tokenised prompts; prints what was kept and dropped, and one example."""
+    groups, report = read_groups(source, ("prompt",), args.split, args.columns, args.limit, args.prefer)
+    if args.max_length > encoder.max_positions:
+        print(f"--max-length {args.max_length} is lowered to {encoder.max_positions}, the positions that the model has")
+        args.max_length = encoder.max_positions
+    if args.max_length <= args.max_new_tokens:
+        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt within --max-length {args.max_length}.")
+    groups = tokenise(groups, report, encoder, args.max_length - args.max_new_tokens, args.overlong, f"tokenise {what}")
+    print(f"{what}: {account(source, report, encoder)}")
+    if not groups:
+        fail(f"{source}: no rows are left; the line above says why.")
+    print(encoder.show(groups[0]))
+    if encoder.tokenizer.chat_template and isinstance(groups[0].prompt, str) and not args.chat:
+        print("  the tokeniser has a chat template, but these prompts are plain text and stay so (--chat makes them user turns)")
+    return groups
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    # --- setup
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    encoder = load_encoder(args.model, args.chat_template, args.chat)
+    if args.ref_model and load_encoder(args.ref_model, flag="--ref-model").tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+        fail(f"--ref-model {args.ref_model}: its tokeniser differs from that of --model, so their log-probs cannot be compared.")
+    train = load_data(args.dataset, args, encoder, "train")
+    if args.eval_dataset:
+        held_out = load_data(args.eval_dataset, args, encoder, "eval")
+        if both := {str(g.prompt) for g in train} & {str(g.prompt) for g in held_out}:
+            print(f"  {len(both)} prompts of --eval-dataset are also trained on")
+    else:
+        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed)
+    rewards, watch = load_rewards(args.reward, args, device, "--reward"), load_rewards(args.watch, args, device, "--watch")
+    steps = plan_steps(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
+    out, start = open_run(args)
+
+    policy = load_model(args.model, encoder, device)
+    packed = can_pack(policy, [Group(g.where, g.prompt, [], {}, g.prompt_ids, [g.prompt_ids[-9:], g.prompt_ids[-5:]]) for g in train[:3]])
+    reference = load_model(args.ref_model or args.model, encoder, device).requires_grad_(False) if args.beta else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=device.type != "mps")
+    if start:
+        start = load_checkpoint(out / "checkpoint", policy, optimizer)
+    size = sum(p.numel() for p in policy.parameters())
+    print(f"{size / 1e6:.2f} M parameters on {device} in {args.dtype}; {len(train):,} prompts to train on, {len(held_out):,} held out; "
+          f"{len(steps):,} steps of {args.batch_size} prompts × {args.group_size} answers; rewards: {', '.join(rewards)}" + (f"; watched: {', '.join(watch)}" if watch else ""))
+    if args.top_p < 1:
+        print("note: with --top-p below 1 samples do not come from the policy that is trained; the ratio is still that of the full softmax")
+    if size > 1e8 and args.learning_rate >= 1e-4:
+        print(f"note: --learning-rate {args.learning_rate:g} suits the toy; models of this size are usually aligned with 5e-7 to 5e-6")
+    if held_out and args.eval_samples and not start:
+        log(out, 0, result := evaluate(policy, encoder, held_out, rewards, watch, args, autocast))
+        print(eval_line(0, result, args))
+
+    # --- loop
+    stopped, recent = catch_signals(), deque(maxlen=8)
+    bar = tqdm(range(start, len(steps)), initial=start, total=len(steps), desc=args.loss, unit="step", disable=None)
+    for step in bar:
+        # sample
+        began = time.perf_counter()
+        more = lambda prompts, seed: rollout(policy, encoder, prompts, rewards, watch, args, autocast, args.group_size, seed)  # noqa: E731
+        rolls = more([train[i] for i in steps[step]], draw_seed(args.seed, "train", step, 0))
+        flat_zero, sampled = statistics.mean(alike(r) for r in rolls), len(rolls)
+        if args.dynamic_sampling:
+            rolls, sampled = fill(rolls, more, train, args, step)
+        sampled_at = time.perf_counter()
+        metrics = {"frac_reward_zero_std": flat_zero, "completions/sampled_groups": sampled}
+        if rolls:
+            # advantages
+            lengths = [len(ids) for r in rolls for ids in r["ids"]]
+            ended = [e for r in rolls for e in r["ended"]]
+            raw = [math.nan if x is None else x for r in rolls for x in r["reward"]]
+            shaped = torch.tensor([x + overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for x, n in zip(raw, lengths)], dtype=torch.float64)
+            counts = [0 if math.isnan(x) or args.mask_truncated and not e else n for x, n, e in zip(raw, lengths, ended)]
+            parts = [rolls[i::args.minibatches] for i in range(min(args.minibatches, len(rolls)))]
+            offset, firsts = 0, {}
+            for r in rolls:
+                firsts[id(r)], offset = offset, offset + len(r["ids"])
+            plan = []                                        # minibatches of micro-batches of pieces, cut once and used in every pass
+            for part in parts:
+                micros = pieces(part, args.micro_batch_tokens)
+                numbers = [firsts[id(r)] + j for r in part for j in range(len(r["ids"]))]
+                plan.append([(micro, [numbers[i] for g in micro for i in g.row["index"]]) for micro in micros])
+            old, ref = {}, {}                                # (T,) per micro-batch, by its first answer's number
+            with torch.no_grad(), autocast:
+                for micro, index in (m for part in plan for m in part):
+                    if reference is not None:
+                        ref[index[0]] = forward(reference, micro, packed, args)[0]
+                    if len(plan) * args.updates_per_batch > 1 or args.kl == "reward" and reference is not None:
+                        old[index[0]], owner = forward(policy, micro, packed, args)
+                        if args.kl == "reward" and reference is not None:
+                            k1 = torch.zeros(len(index), device=device).index_add(0, owner.to(device), old[index[0]] - ref[index[0]])
+                            shaped[index] -= args.beta * k1.double().cpu()
+            A = advantages(shaped.view(len(rolls), args.group_size), args.advantage, args.loss).flatten()            # (N,)
+            # update
+            sums, norms = Counter(), []
+            for part in plan * args.updates_per_batch:
+                mine = [i for _, index in part for i in index]
+                w = torch.zeros(len(A))
+                w[mine] = weights([counts[i] for i in mine], args.loss, args.max_new_tokens)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, len(steps), args)
+                optimizer.zero_grad(set_to_none=True)
+                for micro, index in part:
+                    with autocast:
+                        logp, owner = forward(policy, micro, packed, args)                           # (T,), (T,)
+                    owner = owner.to(device)
+                    before = old.get(index[0], logp.detach())                                        # on policy the ratio is exactly 1
+                    token = LOSSES[args.loss](logp, before, A[index].to(device), owner, args)        # (T,)
+                    if reference is not None and args.kl != "reward":
+                        token = token + args.beta * kl_term(args.kl, logp, before, ref[index[0]])
+                    # where, not multiply: a token that does not count must not bring its NaN or infinity along
+                    weight = w[index].to(device)[owner]
+                    loss = torch.where(weight > 0, token * weight, 0).sum()
+                    loss.backward()
+                    with torch.no_grad():
+                        ratio = (logp - before).exp()
+                        outside = ((ratio > 1 + args.clip_high) & (A[index].to(device)[owner] > 0)) | ((ratio < 1 - args.clip_low) & (A[index].to(device)[owner] < 0))
+                        sums.update({"loss": loss.item(), "tokens": len(logp), "entropy": -before.sum().item(), "clip_ratio": outside.sum().item(),
+                                     "kl": 0.0 if reference is None else kl_term("k3", before, before, ref[index[0]]).sum().item()})
+                norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item())
+                if not math.isfinite(norms[-1]):
+                    fail(f"step {step + 1}: the gradient is not finite; try a lower --learning-rate.")
+                optimizer.step()
+            # log
+            valid = [x for x in raw if not math.isnan(x)]
+            now, tokens = time.perf_counter(), sum(lengths)
+            metrics |= {"loss": sums["loss"] / len(norms), "grad_norm": statistics.mean(norms), "learning_rate": lr_at(step, len(steps), args),
+                        "entropy": sums["entropy"] / sums["tokens"], "clip_ratio": sums["clip_ratio"] / sums["tokens"],
+                        "completions/mean_length": tokens / len(lengths), "completions/clipped_ratio": 1 - sum(ended) / len(ended),
+                        "completions/identical": statistics.mean(1 - len(set(map(tuple, r["ids"]))) / len(r["ids"]) for r in rolls),
+                        "sample_tokens_per_second": tokens / (sampled_at - began), "seconds/sample": sampled_at - began, "seconds/update": now - sampled_at,
+                        "tokens_per_second": sum(g.tokens() for part in plan for m, _ in part for g in m) * args.updates_per_batch / (now - sampled_at)}
+            if valid:
+                spread = torch.tensor([[math.nan if x is None else x for x in r["reward"]] for r in rolls], dtype=torch.float64)
+                metrics |= {"reward": statistics.mean(valid), "reward_std": statistics.mean([torch.std(x[~x.isnan()]).item() if (~x.isnan()).sum() > 1 else 0.0 for x in spread])}
+            if reference is not None:
+                metrics["kl"] = sums["kl"] / sums["tokens"]
+            for name in {**rewards, **watch}:
+                values = [v for r in rolls for v in r["by_reward"][name] if v is not None]
+                metrics |= {f"rewards/{name}/count": len(values)} | ({f"rewards/{name}/mean": statistics.mean(values)} if values else {})
+            recent.append([{"step": step + 1, "prompt": r["group"].prompt, "completions": r["texts"], "rewards": r["reward"],
+                            "advantages": A[firsts[id(r)]:firsts[id(r)] + len(r["ids"])].tolist()} for r in rolls])
+            (out / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for lines in recent for line in lines))
+        log(out, step + 1, metrics)
+        shown = {"reward": "reward", "kl": "kl", "len": "completions/mean_length", "tok/s": "sample_tokens_per_second"}
+        bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in shown.items() if v in metrics}, refresh=False)
+        last = step + 1 == len(steps)
+        if held_out and args.eval_samples and not stopped and (last or args.eval_every and (step + 1) % args.eval_every == 0):
+            log(out, step + 1, result := evaluate(policy, encoder, held_out, rewards, watch, args, autocast))
+            tqdm.write(eval_line(step + 1, result, args))
+        if last or stopped or args.save_every and (step + 1) % args.save_every == 0:
+            save_checkpoint(out / "checkpoint", policy, optimizer, step + 1)
+        if stopped and not last:
+            bar.close()
+            print(f"stopped after step {step + 1} of {len(steps)}; --resume goes on from there")
+            raise SystemExit(130)
+
+    # --- save
+    for line in (recent[-1][:3] if recent else []):
+        print(f"  {str(line['prompt'])[-70:]!r} ▸ " + ", ".join(f"{t[:40]!r} {a:+.2f}" for t, a in list(zip(line["completions"], line["advantages"]))[:4]))
+    save_model(out, policy, encoder.tokenizer)
+    print(f"saved in {out}: model, args.json, metrics.jsonl, completions.jsonl, checkpoint/")
+
+
+if __name__ == "__main__":
+    main()
