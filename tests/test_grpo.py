@@ -375,7 +375,7 @@ def test_d2_resume_is_bit_equal_rollouts_included(straight, tmp_path, monkeypatc
 def test_b15_micro_batches_do_not_change_the_result(flags, tmp_path):
     states = []
     for budget in (100_000, 40, 1):
-        lines = run(tmp_path / str(budget), "--max-steps", 2, "--lr", 1e-3, "--micro-batch-tokens", budget, *flags)
+        lines = run(tmp_path / str(budget), "--max-steps", 2, "--lr", 1e-5, "--micro-batch-tokens", budget, *flags)
         states.append((common.AutoModelForCausalLM.from_pretrained(tmp_path / str(budget)).state_dict(), lines[1]["grad_norm"], lines[1]["loss"]))
     for state, norm, loss in states[1:]:
         assert norm == pytest.approx(states[0][1], rel=1e-3) and loss == pytest.approx(states[0][2], abs=1e-5)
@@ -387,10 +387,18 @@ def test_g6_second_update_sees_moved_weights_and_the_old_log_probs(tmp_path):
     assert one[1]["clip_ratio"] == 0 < two[1]["clip_ratio"] and one[1]["entropy"] == pytest.approx(two[1]["entropy"], abs=1e-5)
 
 
-def test_g9_beta_pulls_towards_the_reference(tmp_path):
-    free = run(tmp_path / "a", "--max-steps", 6, "--lr", 3e-3, "--beta", 1e-9)[-2]["kl"]
-    held = run(tmp_path / "b", "--max-steps", 6, "--lr", 3e-3, "--beta", 5)[-2]["kl"]
-    assert held < free / 2
+@pytest.mark.parametrize("kl", ["k3", "k2", "k3-unbiased", "reward"])
+def test_g9_with_no_reward_to_gain_the_policy_moves_to_the_reference(kl, tmp_path):
+    """Every sign right: rewards all alike, another model as the reference; only the KL is left, and it must fall."""
+    model = common.AutoModelForCausalLM.from_pretrained(TOY / "model")
+    model.model.norm.weight.data *= 1.5
+    model.save_pretrained(tmp_path / "ref")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "ref")
+    (tmp_path / "r.py").write_text("def one(completions, **_):\n    return [1.0] * len(completions)\n")
+    lines = run(tmp_path / kl, "--ref-model", tmp_path / "ref", "--reward", f"{tmp_path / 'r.py'}:one", "--kl", kl, "--beta", 1, "--advantage", "none",
+                "--lr", 3e-4, "--lr-schedule", "constant", "--warmup-steps", 0, "--batch-size", 16, "--epochs", 4, "--eval-fraction", 0)
+    kls = [m["kl"] for m in lines]
+    assert statistics.mean(kls[-3:]) < 0.6 * statistics.mean(kls[:3])
 
 
 def test_beta_0_loads_no_reference_and_options_run(tmp_path, monkeypatch):
