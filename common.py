@@ -612,12 +612,18 @@ def pack(groups, row=ROW, tree=TREE, even=EVEN):
         trees.append((group.prompt_ids, part))
     size = lambda t: len(t[0]) + sum(len(c) for _, c in t[1])  # noqa: E731
     trees.sort(key=size, reverse=True)
-    rows = [[] for _ in range(math.ceil(sum(map(size, trees)) / max(row, size(trees[0]))))]
-    load = [0] * len(rows)
-    for t in trees:                                          # longest first into the emptiest row: rows end up about equal
-        r = load.index(min(load))
-        rows[r].append(t)
-        load[r] += size(t)
+    total, best = sum(map(size, trees)), None
+    for number_ in range(math.ceil(total / max(row, size(trees[0]))), len(trees) + 1):
+        rows, load = [[] for _ in range(number_)], [0] * number_
+        for t in trees:                                      # longest first into the emptiest row: rows end up about equal
+            r = load.index(min(load))
+            rows[r].append(t)
+            load[r] += size(t)
+        if best is None or number_ * max(load) < best[0]:    # what is computed, filler included
+            best = number_ * max(load), rows
+        if best[0] <= 1.05 * total:
+            break
+    rows = best[1]
     return _batch(rows, True, count)
 
 
