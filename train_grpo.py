@@ -368,7 +368,7 @@ def model_reward(path, args, device, flag):
             scores |= {id(g): v for g, v in zip(micro, values)}
         values = [scores[id(g)] for g in made]
         if args.calibrate_length:
-            values = [calibrate(v, len(g.completion_ids[0]), curve, mean) for v, g in zip(values, made)]
+            values = calibrate(values, [len(g.completion_ids[0]) for g in made], curve, mean).tolist()
         return [(v - mean) / std for v in values]
     return reward
 

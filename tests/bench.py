@@ -2,12 +2,14 @@
 
     python tests/bench.py dpo --model DIR --data pairs.jsonl [--batch-size 8] [--steps 6] [--against "COMMAND"]
     python tests/bench.py rm  --model DIR --data pairs.jsonl …
+    python tests/bench.py grpo --model DIR --data prompts.jsonl [--group-size 8] [--max-new-tokens 128] …
 
 Trains for --steps steps with the script's own main(), in a process of its own, and prints seconds per step (median, the
 first step is warm-up), tokens per second and the peak memory above the loaded model. Then the floor on the same steps: a
 bare forward and backward over the tokens that must be computed (each prompt once, the head at completion positions
 only, for rm at the last), all logits kept, without recomputation, optimizer or logging. Over 100 % is possible: kept logits
 cost time too.
+For grpo a step is split into sampling, rewards and update instead; the reward counts happy words, which costs nothing.
 --against runs another trainer's command and reads the JSON line that it ends with (seconds_per_step, peak_mb_above_model).
 """
 import argparse
@@ -30,6 +32,10 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def joy(completions, **_):
+    return [float(sum(c.count(w) for w in ("happy", "smile", "love"))) for c in completions]
+
+
 def train(a):
     """Seconds per step and memory of the script itself, from outside: its log() is called once a step, its loader once."""
     import torch
@@ -44,14 +50,30 @@ def train(a):
         loaded.append(peak_mb())
         return model
     setattr(script, loader, load_and_note)
+    more, sampling = [], []
+    if a.what == "grpo":
+        more = ["--reward", f"{__file__}:joy", "--group-size", str(a.group_size), "--max-new-tokens", str(a.max_new_tokens)]
+        sample = script.sample
+
+        def timed(*x, **y):
+            began = time.perf_counter()
+            answers = sample(*x, **y)
+            sampling.append(time.perf_counter() - began)
+            return answers
+        script.sample = timed
     with tempfile.TemporaryDirectory() as out:
         script.main(["--model", a.model, "--dataset", a.data, "--batch-size", str(a.batch_size), "--max-steps", str(a.steps), "--learning-rate", "1e-6",
                      "--lr-schedule", "constant", "--warmup-steps", "0", "--eval-fraction", "0", "--max-length", "4096", "--output-dir", out,
-                     "--micro-batch-tokens", str(a.micro_batch_tokens)])
+                     "--micro-batch-tokens", str(a.micro_batch_tokens), *more])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    if a.what == "grpo":
+        made = lines[-1]["completions/mean_length"] * a.batch_size * a.group_size
+        split = {"sampling": statistics.median(sampling[1:]), "update": statistics.median(x["seconds/update"] for x in lines[1:])}
+        split["rewards"] = statistics.median(x["seconds/sample"] for x in lines[1:]) - split["sampling"]
+        more = {"split": split, "sample_tokens_per_second": round(made / split["sampling"])}
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else peaks[-1] - loaded[0]      # of training, not of saving
     return {"seconds_per_step": statistics.median(y - x for x, y in zip(ticks, ticks[1:])), "peak_mb_above_model": round(memory),
-            "tokens_per_second": round(statistics.median(x["tokens_per_second"] for x in lines[1:])), "losses": [round(x["loss"], 5) for x in lines]}
+            "tokens_per_second": round(statistics.median(x["tokens_per_second"] for x in lines[1:])), "losses": [round(x["loss"], 5) for x in lines], **dict(more)}
 
 
 def floor(a):
@@ -102,11 +124,13 @@ def floor(a):
 
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False)
-    p.add_argument("what", choices=["dpo", "rm"])
+    p.add_argument("what", choices=["dpo", "rm", "grpo"])
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--micro-batch-tokens", type=int, default=8192)
+    p.add_argument("--group-size", type=int, default=8)
+    p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--against", help="command of another trainer on the same work; its last line is JSON")
     p.add_argument("--part", choices=["train", "floor"], help=argparse.SUPPRESS)         # one measurement, one process
@@ -121,9 +145,14 @@ def main():
             sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
         return json.loads(done.stdout.strip().splitlines()[-1])
 
-    ours, bare = (measure([sys.executable, *sys.argv, "--part", part]) for part in ("train", "floor"))
+    ours = measure([sys.executable, *sys.argv, "--part", "train"])
     print(f"{a.what}: {ours['seconds_per_step']:.2f} s a step of {a.batch_size} groups, {ours['tokens_per_second']:,} tokens/s, peak {ours['peak_mb_above_model']:,} MB above the model")
-    print(f"floor: {bare['seconds_per_step']:.2f} s a step; step by step in one process, ours runs at {100 * bare['speed']:.0f} % of the floor's speed")
+    if a.what == "grpo":
+        print("split: " + ", ".join(f"{k} {v:.3f} s" for k, v in ours["split"].items())
+              + f"; sampling {ours['sample_tokens_per_second']:,} tokens/s, update {ours['tokens_per_second']:,} tokens/s")
+    else:
+        bare = measure([sys.executable, *sys.argv, "--part", "floor"])
+        print(f"floor: {bare['seconds_per_step']:.2f} s a step; step by step in one process, ours runs at {100 * bare['speed']:.0f} % of the floor's speed")
     if a.against:
         peer = measure(shlex.split(a.against))
         print(f"against: {peer['seconds_per_step']:.2f} s a step, peak {peer['peak_mb_above_model']:,} MB: we take {peer['seconds_per_step'] / ours['seconds_per_step']:.1f} times less time "

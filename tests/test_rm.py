@@ -1,0 +1,533 @@
+"""train_rm.py: every equation of its derivation, the loss against float64, and the script as its user meets it."""
+import json
+import math
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import train_rm
+from train_rm import Lists, bradley_terry, evaluate, main, micro_loss, pairs_of, plackett_luce
+
+TOY = Path(__file__).parent / "toy"
+
+
+def run(out, *flags):
+    """The script on the toy: few steps. Returns the metrics lines."""
+    main(["--output-dir", str(out), "--limit", "300", "--batch-size", "16", *map(str, flags)])
+    return metrics(out)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, *flags):
+    """The one sentence with which the script refuses its flags or data."""
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, flags)))
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def lists(rewards, scores=None, p=1.0, margin=0.0):
+    """One list or, without scores, pairs: rewards (B, 2) with the chosen one first."""
+    r = torch.as_tensor(rewards, dtype=torch.float64)
+    r = r if r.dim() == 2 else r[None]
+    s = torch.tensor([scores if scores is not None else [1, 0]] * len(r))
+    return Lists(r, s[:, :, None] > s[:, None, :], *(torch.as_tensor(x, dtype=torch.float64).expand(len(r)) for x in (p, margin)))
+
+
+# --- the derivation, equation by equation ---------------------------------------------------------------------------------
+
+def test_eq2_loss_is_log2_where_scores_are_equal():
+    for p in (1.0, 0.9, 0.3):
+        assert bradley_terry(lists([[3.0, 3.0], [-70.0, -70.0]], p=p)).tolist() == pytest.approx([0.693147] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", train_rm.LOSSES.values(), ids=train_rm.LOSSES)
+def test_eq3_c8_a_constant_of_the_prompt_changes_nothing(loss):
+    r, f = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0], [-9], [0], [40], [3]])
+    assert torch.allclose(loss(lists(r)), loss(lists(r.double() + f)))
+    ranked = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(loss(lists(ranked, [3, 1, 2, 0])), loss(lists(ranked.double() - 7, [3, 1, 2, 0])))
+
+
+def test_eq4_gradient_is_minus_sigma_of_minus_h():
+    r = torch.tensor([[1.0, 3.0], [0.2, 0.2], [9.0, -9.0]], dtype=torch.float64, requires_grad=True)
+    bradley_terry(lists(r)).sum().backward()
+    size = 1 / (1 + (r[:, 0] - r[:, 1]).detach().exp())
+    assert torch.allclose(r.grad, torch.stack([-size, size], 1))
+
+
+def test_eq5_least_where_sigma_of_h_is_p():
+    for p in (0.6, 0.9, 0.99):
+        r = torch.tensor([[math.log(p / (1 - p)), 0.0]], dtype=torch.float64, requires_grad=True)
+        bradley_terry(lists(r, p=p)).sum().backward()
+        assert r.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("loss", train_rm.LOSSES.values(), ids=train_rm.LOSSES)
+def test_eq5_and_eq8_minimum_on_labels_from_the_model_is_the_true_reward_up_to_a_constant(loss):
+    """Every order of three answers with its Plackett–Luce probability; pairs of such orders follow Bradley–Terry (1)."""
+    true, orders = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64), [(a, b, c) for a in range(3) for b in range(3) for c in range(3) if len({a, b, c}) == 3]
+    weight = torch.stack([(true[list(o)] - torch.stack([true[list(o[k:])].logsumexp(0) for k in range(3)])).sum() for o in orders]).exp()
+    assert weight.sum().item() == pytest.approx(1)                                       # (8) is a distribution
+    r = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([r], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = sum(w * loss(lists(r, [-o.index(i) for i in range(3)]))[0] for w, o in zip(weight, orders))
+        total.backward()
+        return total
+    optimizer.step(closure)
+    assert torch.allclose(r.detach() - r.detach().mean(), true - true.mean(), atol=1e-6)
+
+
+def test_eq6_c9_golden_margins():
+    r = torch.tensor([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    m = torch.tensor([0, 0.5, 1.0])
+    assert bradley_terry(lists(r, margin=m)).mean().item() == pytest.approx(1.109312, abs=1e-6)      # 1.0670 is the broadcast
+
+
+def test_eq6_swapping_the_answers_and_p_changes_nothing():
+    for p in (0.0, 0.2, 1.0):
+        one = bradley_terry(lists([[1.3, -0.4]], p=p, margin=0.7))
+        assert torch.allclose(one, bradley_terry(lists([[-0.4, 1.3]], p=1 - p, margin=0.7)))
+
+
+def test_eq7_all_pairs_of_a_list_weighted_by_their_number():
+    r, scores = torch.tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64), [4, 1, 3, 2]
+    by_hand = [math.log1p(math.exp(r[j] - r[i])) for i in range(4) for j in range(4) if scores[i] > scores[j]]
+    assert len(by_hand) == 6 and bradley_terry(lists(r, scores)).item() == pytest.approx(sum(by_hand) / 6)
+    tied = [4, 1, 4, 2]                                                                  # one pair less, so the weight is 1/5
+    by_hand = [math.log1p(math.exp(r[j] - r[i])) for i in range(4) for j in range(4) if tied[i] > tied[j]]
+    assert len(by_hand) == 5 and bradley_terry(lists(r, tied)).item() == pytest.approx(sum(by_hand) / 5)
+
+
+def test_eq9_plackett_luce_by_hand_and_log_k_factorial_where_equal():
+    r = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    by_hand = -math.log(math.exp(2) / (math.exp(2) + math.exp(0.3) + math.exp(-1)) * math.exp(0.3) / (math.exp(0.3) + math.exp(-1)))
+    assert plackett_luce(lists(r, [2, 1, 3])).item() == pytest.approx(by_hand)
+    assert plackett_luce(lists(torch.zeros(5), [2, 1, 3, 5, 4])).item() == pytest.approx(math.log(120))
+
+
+def test_eq8_plackett_luce_of_two_is_bradley_terry():
+    r = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    a, b = bradley_terry(lists(r)), plackett_luce(lists(r))
+    assert torch.allclose(a, b)
+    assert torch.allclose(*(torch.autograd.grad(x.sum(), r)[0] for x in (a, b)))
+
+
+def test_eq9_tied_answers_are_not_compared():
+    r = torch.randn(3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    by_hand = sum(math.log(math.exp(r[i]) + math.exp(r[2])) - r[i] for i in (0, 1))      # each beats the last, none the other
+    assert plackett_luce(lists(r, [1, 1, 0])).item() == pytest.approx(by_hand.item())
+
+
+@pytest.mark.parametrize("loss", train_rm.LOSSES.values(), ids=train_rm.LOSSES)
+def test_extreme_scores_stay_finite(loss):
+    for far in (-2000.0, 2000.0):
+        r = torch.tensor([[far, 0.0]], requires_grad=True)
+        value = loss(Lists(r, torch.tensor([[[False, True], [False, False]]]), torch.tensor([1.0]), torch.tensor([0.0])))
+        value.sum().backward()
+        assert torch.isfinite(value).all() and torch.isfinite(r.grad).all()
+
+
+# --- a step: values and gradients ----------------------------------------------------------------------------------------
+
+def toy_groups(kind="pair", n=8):
+    """Pairs, or lists of 2 to 5 answers (some tied), of very different lengths; the prompts are those of the toy."""
+    encoder = common.load_encoder(TOY / "model")
+    groups, report = common.read_groups(TOY / "pairs.jsonl", common.PAIRS, limit=n)
+    for i, g in enumerate(groups):
+        g.completions[0] += " so it is" * (i % 4)
+        g.completions[1] += " perhaps" * (i // 3)
+        if kind == "ranked list":
+            g.completions += ["a few", "none" * 9, "well, 12"][:i % 4]
+            g.row["scores"] = [[1.0, 0.0], [0.5, 2.0, 1.0], [3.0, 3.0, 1.0, 2.0], [1.0, 2.0, 3.0, 4.0, 4.0]][i % 4]
+    return encoder, common.tokenise(groups, report, encoder, 512)
+
+
+def reward_model(encoder, seed=0):
+    torch.manual_seed(seed)
+    model = common.load_reward_model(TOY / "model", encoder, "cpu", new_head=True)
+    model.score.weight.data *= 5                                                         # scores that really differ
+    return model
+
+
+# Each case: kind of group, flags, columns of all rows
+CASES = {"pairs": ("pair", [], {}), "label smoothing": ("pair", ["--label-smoothing", "0.1"], {}), "p_chosen": ("pair", [], {"p_chosen": 0.7}),
+         "margin": ("pair", [], {"margin": 0.6}), "centred": ("pair", ["--center-coef", "0.5"], {}), "pairs, PL": ("pair", ["--loss", "plackett-luce"], {}),
+         "lists": ("ranked list", ["--label-smoothing", "0.1", "--center-coef", "0.1"], {}), "lists, PL": ("ranked list", ["--loss", "plackett-luce"], {})}
+
+
+def case(name):
+    kind, flags, columns = CASES[name]
+    encoder, groups = toy_groups(kind)
+    for i, g in enumerate(groups):
+        g.row |= {k: v for k, v in columns.items() if k != "margin" or i % 2}            # every other pair has a margin
+    return encoder, groups, train_rm.parse_args(flags)
+
+
+def step_gradient(model, groups, args, budget):
+    model.zero_grad()
+    total = 0.0
+    for micro in common.micro_batches(groups, budget):
+        loss, _ = micro_loss(train_rm.forward(model, micro, True), micro, args)
+        (loss / len(groups)).backward()
+        total += loss.item() / len(groups)
+    return total, [p.grad.clone() for p in model.parameters()]
+
+
+def distance(a, b):
+    """‖a − b‖ / ‖b‖ of two gradients, all tensors in one."""
+    a, b = (torch.cat([x.detach().double().flatten() for x in xs]) for xs in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_step_loss_and_gradient_against_float64(name):
+    """The whole way from token ids to the gradient: the plain model in float64, one answer at a time, formulas written out."""
+    encoder, groups, args = case(name)
+    model = reward_model(encoder)
+    exact = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1, dtype=torch.float64)
+    exact.score.weight.data = model.score.weight.data.double()
+    total = 0
+    for g in groups:
+        r = [exact.score(exact.model(torch.tensor([g.prompt_ids + ids])).last_hidden_state[0, -1])[0] for ids in g.completion_ids]
+        scores = g.row.get("scores", [1, 0])
+        pairs = [(i, j) for i in range(len(r)) for j in range(len(r)) if scores[i] > scores[j]]
+        if args.loss == "plackett-luce":
+            for i in range(len(r)):
+                worse = [r[j] for j in range(len(r)) if scores[i] > scores[j]]
+                total = total - torch.log(r[i].exp() / (r[i].exp() + sum(x.exp() for x in worse)))
+        else:
+            p, m = g.row.get("p_chosen", 1 - args.label_smoothing), g.row.get("margin", 0)
+            for i, j in pairs:
+                h = r[i] - r[j]
+                total = total - (p * torch.log(1 / (1 + (m - h).exp())) + (1 - p) * torch.log(1 / (1 + (m + h).exp()))) / len(pairs)
+        total = total + args.center_coef * sum((r[i] + r[j]) ** 2 for i, j in pairs) / len(pairs)
+    expected = total / len(groups)
+    expected.backward()
+    loss, gradient = step_gradient(model, groups, args, 100)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert distance(gradient, [p.grad for p in exact.parameters()]) < 3e-4     # 7e-5 is the fast exp in torch's CPU attention
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_b15_one_two_or_eight_micro_batches_give_one_gradient(name):
+    encoder, groups, args = case(name)
+    model, total = reward_model(encoder), sum(g.tokens() for g in groups)
+    counts, results = [], []
+    for budget in (10 ** 9, (2 * total) // 3, 1):
+        counts.append(len(common.micro_batches(groups, budget)))
+        results.append(step_gradient(model, groups, args, budget))
+    assert counts[0] == 1 < counts[1] < counts[2] == 8
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5) and distance(gradient, results[0][1]) < 1e-4      # the fast exp
+
+
+def test_b6_every_option_changes_loss_and_gradient():
+    seen = []
+    for name in ("pairs", "label smoothing", "p_chosen", "margin", "centred"):
+        encoder, groups, args = case(name)
+        loss, gradient = step_gradient(reward_model(encoder), groups, args, 10 ** 9)
+        seen.append((round(loss, 6), round(gradient[-1].norm().item(), 6)))
+    assert len({a for a, _ in seen}) == len({b for _, b in seen}) == 5
+
+
+def test_eq10_c8_centring_pulls_the_sum_to_zero_and_leaves_the_difference():
+    _, groups = toy_groups()
+    rewards = torch.linspace(-1, 2, 16, dtype=torch.float64, requires_grad=True)
+    loss = {c: micro_loss(rewards, groups, train_rm.parse_args(["--center-coef", str(c)]))[0] / 8 for c in (0.0, 0.01)}
+    w, l = rewards[0::2], rewards[1::2]                                                  # noqa: E741
+    assert (loss[0.01] - loss[0.0]).item() == pytest.approx((0.01 * (w + l) ** 2).mean().item())
+    gradient = torch.autograd.grad(loss[0.01] - loss[0.0], rewards)[0]
+    assert torch.allclose(gradient[0::2], 0.02 * (w + l).detach() / 8) and torch.allclose(gradient[0::2], gradient[1::2])
+
+
+def test_d7_means_are_over_all_rows_not_over_micro_batches():
+    _, groups = toy_groups("ranked list")
+    sizes, args, parts = [len(g.completion_ids) for g in groups], train_rm.parse_args([]), Counter()
+    rewards = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0))
+    whole = train_rm.means(micro_loss(rewards, groups, args)[1], groups)
+    for a, b in ((0, 1), (1, 8)):
+        parts.update(micro_loss(rewards[sum(sizes[:a]):sum(sizes[:b])], groups[a:b], args)[1])
+    assert {k: pytest.approx(v) for k, v in whole.items()} == train_rm.means(parts, groups)
+
+
+def test_pairs_of_a_list_are_neither_ties_nor_equal_ids():
+    group = common.Group("", "", [], {"scores": [2, 1, 1, 0]}, [1], [[5], [6], [7], [5]])
+    assert pairs_of(group) == [(0, 1), (0, 2), (1, 3), (2, 3)]                           # 0 and 3 say the same
+
+
+# --- scores --------------------------------------------------------------------------------------------------------------
+
+def test_c1_c6_a_score_is_the_same_packed_padded_alone_shuffled_and_beside_a_long_neighbour():
+    encoder, groups = toy_groups("ranked list")
+    model = reward_model(encoder)
+    groups[3].completion_ids[0] = groups[3].completion_ids[0][:-1] * 9 + [encoder.eos]   # about ten times as long
+    groups[2].prompt_ids = groups[2].prompt_ids + [encoder.eos] + groups[2].prompt_ids   # an EOS inside the prompt
+    alone = [[train_rm.forward(model, [common.Group("", "", [], {}, g.prompt_ids, [ids])], False).item() for ids in g.completion_ids] for g in groups]
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 3, 0, 6, 1, 4], [3, 2]):
+        for packed in (True, False):
+            scores = train_rm.forward(model, [groups[i] for i in order], packed).tolist()
+            assert scores == pytest.approx([s for i in order for s in alone[i]], abs=1e-5)
+    args = train_rm.parse_args(["--micro-batch-tokens", "40"])
+    scores = train_rm.score_groups(model, groups, args, True, torch.autocast("cpu", enabled=False), "")
+    assert [pytest.approx(s, abs=1e-5) for s in alone] == scores
+
+
+def test_c7_scores_and_head_are_float32_under_autocast():
+    encoder, groups = toy_groups()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = train_rm.forward(reward_model(encoder), groups, True)
+    assert scores.dtype == torch.float32 and len(set(scores.tolist())) == 16
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------------
+
+def test_c10_constant_scores_have_accuracy_one_half_and_no_correlation():
+    _, groups = toy_groups()
+    result = evaluate(groups, [[3.0, 3.0]] * 8, train_rm.parse_args([]))
+    assert result["eval/rewards/accuracies"] == 0.5 and result["eval/loss"] == pytest.approx(math.log(2)) and result["eval/ece"] == 0
+    assert "eval/length_correlation" not in result and all(math.isfinite(v) for v in result.values())
+    assert "–" not in train_rm.eval_line(0, result) and "nan" in train_rm.eval_line(0, result)
+
+
+def test_evaluation_by_hand():
+    """Three pairs with lengths (1, 2), (2, 1), (1, 3) and differences 1, −2, 0; every number worked out here."""
+    group = lambda a, b: common.Group("", "", [], {}, [1], [[5] * a, [6] * b])           # noqa: E731
+    groups, scores = [group(1, 2), group(2, 1), group(1, 3)], [[2.0, 1.0], [0.0, 2.0], [1.0, 1.0]]
+    result = evaluate(groups, scores, train_rm.parse_args([]))
+    assert result["eval/rewards/accuracies"] == pytest.approx(0.5) and result["eval/n"] == 3
+    assert result["eval/accuracy_se"] == pytest.approx(math.sqrt(0.5 ** 2 + 0.5 ** 2) / 3)
+    assert result["eval/loss"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(2)) + math.log(2)) / 3)
+    one, two = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))
+    assert result["eval/ece"] == pytest.approx(((1 - one) + two) / 3)                    # 0.73 right, 0.88 wrong, 0.5 a tie
+    assert result["eval/accuracy_longer"] == 0 and result["eval/n_longer"] == 1
+    assert result["eval/accuracy_shorter"] == 0.75 and result["eval/n_shorter"] == 2
+    assert result["eval/length_accuracy"] == pytest.approx(2 / 3)
+    x, y = torch.tensor([2.0, 1, 0, 2, 1, 1]), torch.tensor([1.0, 2, 2, 1, 1, 3])
+    assert result["eval/score_mean"] == pytest.approx(x.mean().item()) and result["eval/score_std"] == pytest.approx(x.std(correction=0).item())
+    assert result["eval/length_correlation"] == pytest.approx(torch.corrcoef(torch.stack([x, y]))[0, 1].item())
+
+
+def test_ece_equals_ten_bins_on_pairs_taken_both_ways_round():
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(500, generator=generator, dtype=torch.float64) * 2
+    groups = [common.Group("", "", [], {}, [1], [[5], [6]]) for _ in h]
+    ece = evaluate(groups, [[x, 0.0] for x in h.tolist()], train_rm.parse_args([]))["eval/ece"]
+    p, label = torch.cat([torch.sigmoid(h), torch.sigmoid(-h)]), torch.cat([torch.ones(500), torch.zeros(500)]).double()
+    bins = (p * 10).long().clamp(max=9)
+    assert ece == pytest.approx(sum((label - p)[bins == b].sum().abs().item() for b in range(10)) / 1000)
+
+
+def test_accuracy_of_lists_counts_all_pairs_and_the_error_counts_prompts():
+    ranked = common.Group("", "", [], {"scores": [3, 2, 1]}, [1], [[5], [6], [7]])
+    pair = common.Group("", "", [], {}, [1], [[5], [6]])
+    result = evaluate([ranked, pair], [[1.0, 3.0, 2.0], [1.0, 0.0]], train_rm.parse_args([]))
+    assert result["eval/n"] == 4 and result["eval/rewards/accuracies"] == 0.5            # right: (2, 3) of the list and the pair
+    assert result["eval/accuracy_se"] == pytest.approx(math.sqrt((1 - 1.5) ** 2 + (1 - 0.5) ** 2) / 4)
+
+
+def test_lowess_and_calibration():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(1, 60, (200,), generator=generator).double()
+    y = torch.sin(x / 9) + 0.1 * torch.randn(200, generator=generator, dtype=torch.float64)
+    at = torch.tensor([1.0, 7.5, 30.0, 70.0], dtype=torch.float64)
+    for a, value in zip(at.tolist(), common.lowess(x, y, at, 0.3).tolist()):             # weighted least squares, one at a time
+        d = (x - a).abs()
+        w = (1 - (d / d.sort().values[59]).clamp(max=1) ** 3) ** 3
+        line = torch.stack([torch.ones_like(x), x - a], 1)
+        assert value == pytest.approx(torch.linalg.solve(line.T @ (w[:, None] * line), line.T @ (w * y))[0].item(), abs=1e-9)
+    assert common.lowess([4, 4, 4], [1, 2, 3], [4, 9]).tolist() == [2, 2]                # one length: the mean
+    curve = [[2, 1.0], [4, 3.0]]
+    assert common.calibrate([5.0] * 4, [1, 2, 3, 9], curve, 2.0).tolist() == [6, 6, 5, 4]
+    straight = [[n, 0.5 * n] for n in range(1, 60)]
+    assert torch.allclose(common.calibrate(0.5 * x, x, straight, 7.0), torch.full((200,), 7.0).double())
+    assert common.calibrate([5.0], [3], [[4, 1.0]], 2.0).tolist() == [6]
+
+
+# --- the script ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    return out, run(out, "--max-steps", 10, "--eval-every", 5)
+
+
+def test_zero_flag_smoke(tmp_path, monkeypatch, capsys):
+    """All defaults but the number of steps; with the network gone (D8)."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the script used the network"))
+    monkeypatch.chdir(tmp_path)
+    main(["--max-steps", "3"])
+    said = capsys.readouterr().out
+    assert "(0.6931 if all scores were equal)" in said and "'<s><user>" in said and "training accuracy, first pass" in said and "repeated" not in said
+    assert {f.name for f in Path("runs/rm").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "args.json", "metrics.jsonl", "checkpoint"}
+
+
+def test_metrics(straight):
+    lines = straight[1]
+    assert [m["step"] for m in lines] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert set(lines[1]) == {"step", "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "tokens_per_second"}
+    assert set(lines[0]) >= {"eval/loss", "eval/n", "eval/rewards/accuracies", "eval/accuracy_se", "eval/ece", "eval/score_mean", "eval/score_std",
+                             "eval/length_correlation", "eval/length_accuracy", "eval/n_longer", "eval/n_shorter"}
+    assert all(math.isfinite(v) for m in lines for v in m.values())
+
+
+def test_c1_to_c5_saved_model_gives_the_same_scores_in_plain_transformers(straight):
+    """Text and template from the saved tokeniser, padded right, with nothing of ours: the same ids and the same scores."""
+    out, lines = straight
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.score.out_features == 1 and model.config.pad_token_id == tokenizer.pad_token_id is not None
+    encoder = common.load_encoder(TOY / "model")
+    groups, report = common.read_groups(TOY / "pairs.jsonl", common.PAIRS, limit=300)
+    _, held_out = common.split_by_prompt(common.tokenise(groups, report, encoder, 512), 0.1, 0)
+    texts = [tokenizer.apply_chat_template(g.prompt + [{"role": "assistant", "content": c}], tokenize=False) for g in held_out for c in g.completions]
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])] == [g.prompt_ids + c for g in held_out for c in g.completion_ids]
+    with torch.no_grad():
+        scores = model(**batch).logits[:, 0]
+    ours = common.reward_scores(common.load_reward_model(out, common.load_encoder(out), "cpu"), common.pack(held_out))
+    assert torch.allclose(scores, ours, atol=1e-5)
+    assert scores.mean().item() == pytest.approx(lines[-1]["eval/score_mean"], abs=1e-5)
+
+
+def test_saved_config_keeps_the_statistics_of_the_training_answers(straight):
+    out = straight[0]
+    model, encoder = common.load_reward_model(out, common.load_encoder(out), "cpu"), common.load_encoder(TOY / "model")
+    groups, report = common.read_groups(TOY / "pairs.jsonl", common.PAIRS, limit=300)
+    train, _ = common.split_by_prompt(common.tokenise(groups, report, encoder, 512), 0.1, 0)
+    train = [train[i] for s in common.plan_steps(len(train), 16, 1, 10, 0) for i in s]   # what it was trained on
+    scores = common.reward_scores(model, common.pack(train)).double()
+    length = torch.tensor([len(ids) for g in train for ids in g.completion_ids])
+    assert model.config.reward_mean == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert model.config.reward_std == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+    knots, values = zip(*model.config.reward_by_length)
+    assert sorted(set(length.tolist())) == list(knots) and len(knots) <= 50
+    assert list(values) == pytest.approx(common.lowess(length, scores, torch.tensor(knots)).tolist(), abs=1e-5)
+
+
+def test_a_reward_model_keeps_its_head_and_seeds_make_new_ones(straight, tmp_path):
+    lines = run(tmp_path / "on", "--model", straight[0], "--max-steps", 1, "--eval-every", 1)
+    assert lines[0]["eval/loss"] == pytest.approx(straight[1][-1]["eval/loss"], abs=1e-5)
+    assert run(tmp_path / "one", "--max-steps", 1, "--seed", 1)[0]["eval/score_mean"] != straight[1][0]["eval/score_mean"]
+
+
+def test_d4_every_tensor_changes(straight):
+    encoder = common.load_encoder(TOY / "model")
+    torch.manual_seed(0)
+    before, after = (common.load_reward_model(d, encoder, "cpu", new_head=True).state_dict() for d in (TOY / "model", straight[0]))
+    assert all(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_d10_same_seed_same_run_other_seed_other(straight, tmp_path):
+    drop = lambda lines: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in lines]  # noqa: E731
+    assert drop(run(tmp_path / "same", "--max-steps", 10, "--eval-every", 5)) == drop(straight[1])
+
+
+def test_d2_killed_and_resumed_is_bit_equal(straight, tmp_path, monkeypatch):
+    def die(out, step, values, log=train_rm.log):
+        if step == 7:
+            raise RuntimeError("killed")
+        log(out, step, values)
+    monkeypatch.setattr(train_rm, "log", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path, "--max-steps", 10, "--eval-every", 5, "--save-every", 4)
+    monkeypatch.undo()
+    lines = run(tmp_path, "--max-steps", 10, "--eval-every", 5, "--save-every", 4, "--resume")
+    keep = lambda ms: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in ms]  # noqa: E731
+    assert keep(lines) == keep(straight[1])
+    for part in ("checkpoint/step-10/weights", "checkpoint/step-10/optimizer", "model"):
+        assert (tmp_path / f"{part}.safetensors").read_bytes() == (straight[0] / f"{part}.safetensors").read_bytes()
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((straight[0] / "config.json").read_text())
+
+
+def test_first_pass_accuracy_stands_apart(tmp_path, capsys):
+    lines = run(tmp_path, "--limit", 40, "--epochs", 3, "--eval-fraction", 0)
+    said = capsys.readouterr().out
+    first, later = ([m for m in lines if (m["step"] <= 3) is is_first] for is_first in (True, False))
+    mean = lambda ms: 100 * sum(m["rewards/accuracies"] * (8 if m["step"] % 3 == 0 else 16) for m in ms) / (40 * len(ms) / 3)  # noqa: E731
+    assert f"{mean(first):.1f} % of 40 groups" in said and f"repeated passes: {mean(later):.1f} % of 80 groups" in said
+
+
+@pytest.mark.parametrize("flags", [[], ["--loss", "plackett-luce"]], ids=["bradley-terry", "plackett-luce"])
+def test_ranked_lists_are_learnt_and_lists_of_ties_dropped_and_counted(flags, tmp_path, capsys):
+    rows = [{"prompt": f"{i}", "completions": ["good", "so so", "bad", "bad too"][:3 + i % 2], "scores": [3, 2, 1, 1][:3 + i % 2]} for i in range(60)]
+    rows += [{"prompt": "tied", "completions": ["a", "b"], "scores": [1, 1]}, {"prompt": "same", "completions": ["a", "a"], "scores": [1, 0]}]
+    lines = run(tmp_path / "out", "--dataset", write(tmp_path / "l.jsonl", rows), "--epochs", 4, *flags)
+    assert "kept 60" in (said := capsys.readouterr().out) and "2 where no answer is better than another" in said
+    assert lines[-1]["eval/rewards/accuracies"] > 0.95 and lines[-1]["eval/loss"] < lines[0]["eval/loss"]
+    assert lines[-1]["eval/n"] in range(6 * 3, 6 * 5 + 1)
+
+
+def test_c9_a_missing_margin_is_zero_for_its_row_only(tmp_path):
+    rows = [json.loads(line) for line in (TOY / "pairs.jsonl").read_text().splitlines()[:20]]
+    for i, value in ((0, 2.0), (1, None), (2, "1.5"), (3, "")):
+        rows[i]["margin"] = value
+    args, encoder = train_rm.parse_args([]), common.load_encoder(TOY / "model")
+    groups = train_rm.load_data(write(tmp_path / "m.jsonl", rows), args, encoder, "train")[:5]
+    expected = [math.log1p(math.exp(m)) for m in (2, 0, 1.5, 0, 0)]                      # h = 0: −log σ(−m)
+    assert micro_loss(torch.zeros(10), groups, args)[0].item() == pytest.approx(sum(expected), abs=1e-5)
+
+
+def test_c1_pad_equal_to_the_end_token_is_said(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = common.AutoModelForCausalLM.from_pretrained(TOY / "model")
+    model.config.pad_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    run(tmp_path / "out", "--model", tmp_path / "model", "--max-steps", 1)
+    assert capsys.readouterr().out.count("also the pad token (</s>)") == 1
+    run(tmp_path / "other", "--max-steps", 1)
+    assert "pad token" not in capsys.readouterr().out
+
+
+def test_c3_a_head_with_two_outputs_is_refused(tmp_path, capsys):
+    AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=2).save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "two")
+    assert "2 outputs" in refused(capsys, "--model", tmp_path / "two", "--output-dir", tmp_path / "out", "--limit", 50)
+
+
+ROW = {"prompt": "1+1", "chosen": "2", "rejected": "3"}
+LIST = {"prompt": "1+1", "completions": ["2", "3"], "scores": [1, 0]}
+
+
+@pytest.mark.parametrize("row, flags, words", [
+    ({"prompt": "1+1", "completion": "2", "label": True}, [], ["unpaired", "comparisons of answers to the same prompt", "chosen"]),
+    ({"prompt": "1+1", "response": "2"}, [], ["response", "comparisons"]),
+    ({"prompt": "1+1"}, [], ["prompt", "comparisons"]),
+    ({**ROW, "margin": "much"}, [], ["line 1", "margin", "much"]),
+    ({**ROW, "margin": -1}, [], ["line 1", "margin", "below 0"]),
+    ({**ROW, "margin": float("nan")}, [], ["line 1", "margin"]),
+    ({**ROW, "p_chosen": 1.5}, [], ["line 1", "p_chosen"]),
+    ({**ROW, "p_chosen": 0.9}, ["--label-smoothing", "0.1"], ["--label-smoothing"]),
+    ({**ROW, "margin": 1}, ["--loss", "plackett-luce"], ["margin", "bradley-terry", "--columns"]),
+    ({**LIST, "p_chosen": 0.9}, [], ["p_chosen", "pair"]),
+    ({**LIST, "scores": [1, 1]}, [], ["no rows are left"]),
+    ({**LIST, "scores": [1]}, [], ["same length"]),
+    (ROW, ["--loss", "plackett-luce", "--label-smoothing", "0.1"], ["plackett-luce", "--label-smoothing"]),
+    (ROW, ["--loss", "brad"], ["--loss", "bradley-terry"]),
+    (ROW, ["--label-smoothing", "0.5"], ["--label-smoothing"]),
+    (ROW, ["--center-coef", "-1"], ["--center-coef"]),
+    (ROW, ["--eval-samples", "3"], ["--eval-samples"]),
+])
+def test_bad_input_ends_in_one_sentence(row, flags, words, capsys, tmp_path):
+    said = refused(capsys, "--dataset", write(tmp_path / "rows.jsonl", [row]), *flags, "--output-dir", tmp_path / "out")
+    assert all(w in said for w in words), said
+    assert not (tmp_path / "out").exists()                   # before anything is made

@@ -1,0 +1,415 @@
+"""score.py: its pure functions against enumeration, scores that no batch changes, files that train_dpo.py takes, and the script."""
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import score
+import train_dpo
+from score import Scorer, align, best_of_n, best_of_n_kl, bootstrap, correlation, histogram, main, measure, rejection_sample, tokens_page, wilson, win_rate
+
+TOY = Path(__file__).parent / "toy"
+NONE = torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+
+def reward_model(folder, seed=0, **config):
+    """The toy model with a random head: nothing it says is right, everything it says must stay the same."""
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    for key, value in config.items():
+        setattr(model.config, key, value)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rm(tmp_path_factory):
+    return reward_model(tmp_path_factory.mktemp("rm"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """The toy policy with a few weights changed: something to compare with."""
+    folder = tmp_path_factory.mktemp("other")
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    return folder
+
+
+def load(path):
+    encoder = common.load_encoder(path)
+    return Scorer(str(path), encoder, (common.load_reward_model(path, encoder, "cpu"),))
+
+
+def implicit(policy):
+    encoder = common.load_encoder(policy)
+    return Scorer(str(policy), encoder, tuple(common.load_model(d, encoder, "cpu") for d in (policy, TOY / "model")), 0.1)
+
+
+def groups(encoder, n=12):
+    """Pairs of very different lengths."""
+    gs, report = common.read_groups(TOY / "pairs.jsonl", common.PAIRS, limit=n)
+    for i, g in enumerate(gs):
+        g.completions[0] += " so it is" * (4 * i)
+    return common.tokenise(gs, report, encoder, 512)
+
+
+def rows(file):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def write(file, data):
+    file.write_text("".join(json.dumps(r) + "\n" for r in data))
+    return file
+
+
+def run(capsys, *flags):
+    main(list(map(str, flags)))
+    return capsys.readouterr().out
+
+
+def refused(capsys, *flags):
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, flags)))
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# --- pure functions ------------------------------------------------------------------------------------------------------
+
+def test_eq3_best_of_n_is_the_mean_over_all_subsets():
+    scores, right = [0.3, -1.0, 2.0, 0.5, 0.4, -0.2], [1, 0, 0, 1, 1, 0]
+    for n in range(1, 7):
+        subsets = list(itertools.combinations(range(6), n))
+        best = [max(s, key=lambda i: scores[i]) for s in subsets]
+        assert best_of_n(scores, n) == pytest.approx(sum(scores[i] for i in best) / len(subsets))
+        assert best_of_n(scores, n, right) == pytest.approx(sum(right[i] for i in best) / len(subsets))
+
+
+def test_eq4_kl_of_best_of_n_bounds_the_exact_one():
+    assert best_of_n_kl(1) == 0
+    p = torch.full((50,), 1 / 50, dtype=torch.float64)       # 50 answers, all rewards different: the bound is nearly reached
+    for n in (2, 4, 8):
+        cdf = p.cumsum(0)
+        best = cdf ** n - (cdf - p) ** n
+        exact = (best * (best / p).log()).sum().item()
+        assert exact <= best_of_n_kl(n) < exact + 0.1
+
+
+def test_eq5_rejection_sampling_converges_to_the_tilted_distribution():
+    ref, reward, beta = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64), torch.tensor([0.0, 0.5, 1.0, 1.2], dtype=torch.float64), 0.5
+    expected = ref * (reward / beta).exp() / (ref * (reward / beta).exp()).sum()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(ref, 200_000, replacement=True, generator=generator)
+    kept = drawn[rejection_sample(reward[drawn].tolist(), beta, generator)]
+    assert torch.allclose(torch.bincount(kept, minlength=4) / len(kept), expected.float(), atol=0.005)
+    z = (ref * ((reward - 1.2) / beta).exp()).sum().item()   # acceptance rate: E exp((r − max)/β)
+    assert len(kept) / len(drawn) == pytest.approx(z, abs=0.005)
+    assert rejection_sample([1.0, 5.0], 1e-3, generator) == [1]          # β → 0 is best-of-N, never nothing
+
+
+def test_bootstrap_covers_the_mean_and_resamples_prompts():
+    generator = torch.Generator().manual_seed(1)
+    hits = 0
+    for i in range(100):
+        x = torch.randn(60, generator=generator).tolist()
+        low, high = bootstrap(x, range(60), seed=i, rounds=400)
+        hits += low <= 0 <= high
+    assert 86 <= hits <= 100                                 # of nominal 95
+    x = torch.randn(40, generator=generator).tolist()
+    alone, ten = bootstrap(x, range(40)), bootstrap([v for v in x for _ in range(10)], [i for i in range(40) for _ in range(10)])
+    assert ten == pytest.approx(alone, abs=0.02)             # ten copies of an answer are no new evidence
+    assert bootstrap([2.0], [0]) == (2.0, 2.0)
+
+
+def test_wilson_against_known_values():
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = wilson(1.0, 20)
+    assert low == pytest.approx(0.8389, abs=1e-3) and high == pytest.approx(1.0)
+
+
+def test_win_rate_counts_ties_half_and_tells_1e_3_apart():
+    assert win_rate([1.0], [1.0]) == (0.5, 1.0) and win_rate([2.0], [1.0]) == (1.0, 0.0)
+    assert win_rate([1.0, 3.0], [1.0, 2.0]) == ((0.5 + 0 + 1 + 1) / 4, 0.25)
+    assert win_rate([4.001], [4.0]) == (1.0, 0.0) and win_rate([4.000001], [4.0]) == (0.5, 1.0)      # C7; float32 rounding
+    a, b = [0.1, 0.2, 0.2], [0.2, 0.0]
+    assert win_rate(a, b)[0] + win_rate(b, a)[0] == pytest.approx(1)
+
+
+def test_correlation_against_numpy():
+    x, y = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).tolist()
+    assert correlation(x, y) == pytest.approx(torch.corrcoef(torch.tensor([x, y]))[0, 1].item(), abs=1e-5)
+    assert math.isnan(correlation([1.0, 1.0], [1.0, 2.0]))
+
+
+def test_alignment_by_prompt_with_duplicates(capsys):
+    systems = []
+    for prompts in ("abac", "abaca", "xaba"):
+        gs = [common.Group(f"row {i}", p, [f"{p}{i}"]) for i, p in enumerate(prompts)]
+        score.set_keys(gs, "file")
+        systems.append(score.System("s", gs, "response"))
+    met = [tuple(g.completions[0] for g in row) for row in align(systems)]
+    assert met == [("a0", "a0", "a1"), ("b1", "b1", "b2"), ("a2", "a2", "a3")]
+    assert "1 of 3 prompts come more than once (1 rows)" in capsys.readouterr().out
+
+
+def test_histogram_counts_every_value_once():
+    text = histogram({"a": [0.0, 0.0, 1.0], "b": [5.0, 2.0]}, bins=5)
+    assert sum(map(int, re.findall(r"(?:█| ) ?(\d+)(?= |$)", " ".join(line[11:] for line in text.splitlines()[1:])))) == 5
+    assert histogram({"a": [1.0, 1.0]})                      # one value only: no division by zero
+
+
+def test_page_escapes_and_colours():
+    page = tokens_page([("<script>alert(1)</script>", "chosen", 1.0, ["<b>", '"', "&\n"], [0.5, -0.5, 0.0])], "a <title>")
+    assert "<script" not in page and "<b>" not in page and "&lt;b&gt;" in page and "<title>a &lt;title&gt;</title>" in page
+    assert 'class="m"' in page and "-0.5000" in page and "http" not in page
+
+
+# --- scores: the same, whatever stands beside them ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make", ["rm", "implicit"])
+def test_c6_scores_alone_batched_shuffled_and_beside_long_neighbours(make, rm, other):
+    scorer = load(rm) if make == "rm" else implicit(other)
+    gs = groups(scorer.encoder)
+    args = lambda n: score.parse_args(["--micro-batch-tokens", str(n)])  # noqa: E731
+    together = measure(scorer, gs, args(10 ** 6), NONE, quiet=True)
+    assert scorer.packed and len({round(s, 5) for ss in together for s in ss}) > 12
+    for other_way in ([measure(scorer, [g], args(1), NONE, quiet=True)[0] for g in gs], measure(scorer, gs[::-1], args(100), NONE, quiet=True)[::-1]):
+        assert torch.allclose(torch.tensor(together), torch.tensor(other_way), atol=2e-5)
+    scorer.packed = False
+    assert torch.allclose(torch.tensor(together), torch.tensor(measure(scorer, gs, args(100), NONE, quiet=True)), atol=2e-5)
+
+
+def test_c5_packed_score_is_transformers_own_on_the_rendered_text(rm):
+    scorer = load(rm)
+    gs = groups(scorer.encoder, 4)
+    ours = measure(scorer, gs, score.parse_args([]), NONE, quiet=True)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(rm), AutoTokenizer.from_pretrained(rm)
+    for g, values in zip(gs, ours):
+        for text, value in zip(g.completions, values):
+            chat = tokenizer.apply_chat_template(g.prompt + [{"role": "assistant", "content": text}], tokenize=False)
+            ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
+            assert ids["input_ids"][0, -1] == tokenizer.eos_token_id
+            assert model(**ids).logits[0, 0].item() == pytest.approx(value, abs=1e-5)
+
+
+def test_eq1_token_values_add_up(rm, other):
+    for scorer in (load(rm), implicit(other)):
+        gs = groups(scorer.encoder)
+        args = score.parse_args(["--micro-batch-tokens", "300"])
+        whole, parts = measure(scorer, gs, args, NONE, quiet=True), measure(scorer, gs, args, NONE, by_token=True, quiet=True)
+        assert [[len(v) for v in vs] for vs in parts] == [[len(ids) for ids in g.completion_ids] for g in gs]
+        for g, w, vs in zip(gs, whole, parts):
+            if scorer.beta is None:                          # increments: r(x, y) − r(x), the prompt's score being what is left
+                base = scorer.models[0](torch.tensor([g.prompt_ids])).logits[0, 0].item()
+                half = scorer.models[0](torch.tensor([g.prompt_ids + g.completion_ids[0][:1]])).logits[0, 0].item()
+                assert vs[0][0] == pytest.approx(half - base, abs=1e-4)
+                w = [x - base for x in w]
+            assert [sum(v) for v in vs] == pytest.approx(w, abs=1e-4)
+
+
+def test_implicit_reward_against_plain_transformers(other):
+    scorer = implicit(other)
+    gs = groups(scorer.encoder, 4)
+    ours = measure(scorer, gs, score.parse_args([]), NONE, quiet=True)
+    models = [AutoModelForCausalLM.from_pretrained(d) for d in (other, TOY / "model")]
+    for g, values in zip(gs, ours):
+        for ids, value in zip(g.completion_ids, values):
+            full = torch.tensor([g.prompt_ids + ids])
+            logp = [m(full).logits[0, :-1].log_softmax(-1).gather(1, full[0, 1:, None])[len(g.prompt_ids) - 1:].sum() for m in models]
+            assert 0.1 * (logp[0] - logp[1]).item() == pytest.approx(value, abs=1e-4)
+
+
+def test_cut_answers_get_no_end_token(rm):
+    encoder = load(rm).encoder
+    g = common.Group("x", [{"role": "user", "content": "1+1"}], ["12", "12"])
+    g.cut = [True, False]
+    ids = score.encode([g], encoder, Counter(), 512, "drop")[0].completion_ids
+    assert ids[0] == ids[1][:-1] and ids[1][-1] in encoder.stops
+
+
+def test_saved_loaded_in_a_fresh_process_the_same(rm, tmp_path):
+    flags = ["--reward-model", str(rm), "--limit", "20", "--output"]
+    main(flags + [str(tmp_path / "a.jsonl")])
+    subprocess.run([sys.executable, str(Path(score.__file__)), *flags, str(tmp_path / "b.jsonl")], check=True, capture_output=True)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+# --- the script ------------------------------------------------------------------------------------------------------------
+
+def test_c12_pairs_accuracy_by_length_and_by_column(rm, tmp_path, capsys):
+    data = [dict(r, sort="ab"[i % 2]) for i, r in enumerate(rows(TOY / "pairs.jsonl")[:60])]
+    out = run(capsys, "--reward-model", rm, "--dataset", write(tmp_path / "p.jsonl", data), "--by", "sort", "--output", tmp_path / "o.jsonl", "--micro-batch-tokens", 100)
+    scored = rows(tmp_path / "o.jsonl")
+    assert all(r["p_chosen"] == pytest.approx(1 / (1 + math.exp(r["score_rejected"] - r["score_chosen"]))) for r in scored)
+    p = sum(r["score_chosen"] > r["score_rejected"] for r in scored) / 60
+    assert f"accuracy {100 * p:.1f} %" in out and "correlation of score with length" in out and "length alone" in out
+    assert "where the better is the longer" in out and "sort = a: accuracy" in out and "of 30 pairs" in out
+    assert "█" in out and [r["chosen"] for r in scored] == [r["chosen"] for r in data]
+
+
+def test_constant_scores_are_half_right(tmp_path, capsys):
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model(tmp_path / "rm"))
+    torch.nn.init.zeros_(model.score.weight)
+    model.save_pretrained(tmp_path / "rm")
+    assert "accuracy 50.0 %" in (out := run(capsys, "--reward-model", tmp_path / "rm", "--limit", 30)) and "30 ties" in out
+
+
+def test_output_and_pairs_are_trained_on_by_dpo(rm, tmp_path, capsys):
+    run(capsys, "--reward-model", rm, "--limit", 40, "--output", tmp_path / "soft.jsonl")
+    out = run(capsys, "--reward-model", rm, "--policy", TOY / "model", "--samples", 6, "--limit", 40, "--max-new-tokens", 6, "--pairs", tmp_path / "pairs.jsonl",
+              "--select", "best", "--output", tmp_path / "best.jsonl", "--ref-model", TOY / "model")
+    made, best = rows(tmp_path / "pairs.jsonl"), rows(tmp_path / "best.jsonl")
+    assert all(r["score_chosen"] >= r["score_rejected"] and 0.5 <= r["p_chosen"] <= 1 and r["chosen"] != r["rejected"] for r in made)
+    assert "best of n" in out and "equals column 'answer'" in out and "KL(π‖π_ref) 0.000" in out     # a policy against itself
+    assert len(best) == 40 and {r["prompt"][0]["content"]: r["score_chosen"] for r in made}.items() <= {r["prompt"][0]["content"]: r["score"] for r in best}.items()
+    for n, (file, flags) in enumerate([("soft.jsonl", []), ("pairs.jsonl", []), ("best.jsonl", ["--loss", "sft"])]):
+        train_dpo.main(["--dataset", str(tmp_path / file), "--output-dir", str(tmp_path / f"run{n}"), "--max-steps", "1", "--eval-samples", "0", *flags])
+        assert "dropped 0" in capsys.readouterr().out
+
+
+def test_keep_chosen_keeps_the_datas_answer_and_has_no_p(rm, tmp_path, capsys):
+    run(capsys, "--reward-model", rm, "--dataset", TOY / "pairs.jsonl", "--limit", 30, "--policy", TOY / "model", "--max-new-tokens", 6, "--keep-chosen", "--pairs", tmp_path / "k.jsonl")
+    truth = {json.dumps(r["prompt"]): r["chosen"] for r in rows(TOY / "pairs.jsonl")[:30]}
+    made = rows(tmp_path / "k.jsonl")
+    assert made and all(r["chosen"] == truth[json.dumps(r["prompt"])] != r["rejected"] and "p_chosen" not in r for r in made)
+    train_dpo.main(["--dataset", str(tmp_path / "k.jsonl"), "--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--eval-samples", "0"])
+
+
+def test_select_rso_keeps_a_subset(rm, tmp_path, capsys):
+    flags = ["--reward-model", rm, "--policy", TOY / "model", "--samples", 8, "--limit", 20, "--max-new-tokens", 6, "--select", "rso", "--output", tmp_path / "r.jsonl"]
+    few = run(capsys, *flags, "--beta", 0.01), len(rows(tmp_path / "r.jsonl"))
+    many = run(capsys, *flags, "--beta", 100), len(rows(tmp_path / "r.jsonl"))
+    assert "samples accepted" in few[0] and few[1] < many[1] and many[1] >= 150
+
+
+def test_compare_response_files(rm, tmp_path, capsys):
+    pairs = rows(TOY / "pairs.jsonl")[:50]
+    a = write(tmp_path / "a.jsonl", [{"prompt": r["prompt"], "response": r["chosen"]} for r in pairs])
+    b = write(tmp_path / "b.jsonl", [{"prompt": r["prompt"], "response": r["rejected"]} for r in pairs[::-1]])
+    out = run(capsys, "--reward-model", rm, "--dataset", a, a, "--output", tmp_path / "o.jsonl")
+    assert "wins 50.0 % [50.0, 50.0] against 1, ties 100.0 %" in out and len(rows(tmp_path / "o.jsonl")) == 100
+    plot = ["--plot", tmp_path / "p.png"] if has_matplotlib() else []
+    out = run(capsys, "--reward-model", rm, "--dataset", a, b, "--calibrate-length", "--tokens", tmp_path / "t.html", *plot)
+    assert "50 answers of each" in out and "of like length" in out and "</html>" in (tmp_path / "t.html").read_text()
+    assert not plot or (tmp_path / "p.png").stat().st_size > 5000
+
+
+def has_matplotlib():
+    return score.importlib.util.find_spec("matplotlib") is not None
+
+
+def test_calibrated_scores_do_not_follow_length(rm, tmp_path, capsys):
+    data = [{"prompt": f"{i}+1", "response": "1 " * (i % 20 + 1)} for i in range(100)]
+    out = run(capsys, "--reward-model", rm, "--dataset", write(tmp_path / "l.jsonl", data), "--calibrate-length", "--chat")
+    before, after = (abs(float(re.search(pattern, out)[1])) for pattern in (r"before --calibrate-length.*length (-?[\d.]+)", r"correlation of score with length (-?[\d.]+)"))
+    assert after < 0.1 < before
+
+
+def test_several_models_are_z_scored_with_what_they_stored(rm, tmp_path, capsys):
+    """The same scores in another unit and with another offset: min, mean and either alone agree on the order; no disagreement."""
+    model = AutoModelForSequenceClassification.from_pretrained(rm)
+    for folder, factor in (("one", 1.0), ("two", 10.0)):
+        copy = AutoModelForSequenceClassification.from_pretrained(rm)
+        copy.score.weight.data = model.score.weight.data * factor
+        copy.config.reward_mean, copy.config.reward_std = 2.0 * factor, 0.5 * factor
+        copy.save_pretrained(tmp_path / folder)
+        AutoTokenizer.from_pretrained(rm).save_pretrained(tmp_path / folder)
+    out = run(capsys, "--reward-model", tmp_path / "one", tmp_path / "two", "--aggregate", "min", "--limit", 20, "--output", tmp_path / "o.jsonl")
+    run(capsys, "--reward-model", rm, "--limit", 20, "--output", tmp_path / "alone.jsonl")
+    assert "they differ by 0.000" in out and "disagree about 0.0 %" in out
+    for r, alone in zip(rows(tmp_path / "o.jsonl"), rows(tmp_path / "alone.jsonl")):
+        assert r["score_chosen"] == pytest.approx((alone["score_chosen"] - 2.0) / 0.5, abs=1e-3) and max(r["spread"]) < 1e-3
+
+
+def test_policies_are_compared_with_kl_and_beams_raise_the_reward(rm, other, capsys):
+    common_flags = ["--reward-model", rm, "--limit", 25, "--max-new-tokens", 6]
+    out = run(capsys, *common_flags, "--policy", TOY / "model", other, "--ref-model", TOY / "model", "--samples", 2)
+    kls = [float(x) for x in re.findall(r"KL\(π‖π_ref\) (-?[\d.]+)", out)]
+    assert kls[0] == 0 and kls[1] > 0.01 and "25 answers of each" in out
+    at = lambda *flags: float(re.search(r"score: (-?[\d.]+)", run(capsys, *common_flags, "--policy", TOY / "model", *flags))[1])  # noqa: E731
+    assert at("--num-beams", 4, "--beam-chunk", 1) > at() + 0.1
+
+
+def test_scores_other_formats(rm, tmp_path, capsys):
+    write(tmp_path / "k.jsonl", [{"prompt": f"{i}+1", "completions": [str(i), str(i + 1), str(i + 2)], "ranks": [3, 1, 2]} for i in range(10)])
+    assert "of 30 pairs" in run(capsys, "--reward-model", rm, "--dataset", tmp_path / "k.jsonl", "--chat", "--output", tmp_path / "k2.jsonl", "--pairs", tmp_path / "kp.jsonl")
+    assert len(common.read_groups(tmp_path / "k2.jsonl", ("ranked list",))[0]) == 10 == len(rows(tmp_path / "kp.jsonl"))
+    write(tmp_path / "u.jsonl", [{"prompt": f"{i}+1", "completion": str(i), "label": i % 2} for i in range(10)])
+    assert "label = True" in run(capsys, "--reward-model", rm, "--dataset", tmp_path / "u.jsonl", "--chat")
+
+
+def test_curves_of_run_directories(tmp_path, capsys):
+    for name, last in (("a", 0.5), ("b", 0.6)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": last}])
+    plot = ["--plot", tmp_path / "c.png"] if has_matplotlib() else []
+    assert "0.7 → 0.5   0.7 → 0.6" in run(capsys, "--dataset", tmp_path / "a", tmp_path / "b", *plot)
+    assert not plot or (tmp_path / "c.png").stat().st_size > 5000
+
+
+def test_zero_flags_use_runs_rm_or_say_what_makes_it(rm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "train_rm.py" in refused(capsys) and not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/rm").symlink_to(rm)
+    assert "of 2,000 pairs" in run(capsys)
+
+
+def test_refused_models_and_missing_matplotlib(rm, tmp_path, capsys, monkeypatch):
+    assert "train_rm.py" in refused(capsys, "--reward-model", TOY / "model")
+    two = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "two")
+    assert "2 outputs" in refused(capsys, "--reward-model", tmp_path / "two")
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.add_tokens(["one more"])
+    AutoModelForSequenceClassification.from_pretrained(rm).save_pretrained(tmp_path / "odd")
+    tokenizer.save_pretrained(tmp_path / "odd")
+    assert "do not belong together" in refused(capsys, "--reward-model", tmp_path / "odd")
+    monkeypatch.setattr(score.importlib.util, "find_spec", lambda name: None)
+    assert "pip install matplotlib" in refused(capsys, "--plot", tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--implicit", "x"], ["--ref-model"]),
+    (["--ref-model", "x"], ["--implicit"]),
+    (["--aggregate", "min"], ["--reward-model"]),
+    (["--samples", "4"], ["--policy"]),
+    (["--beta", "0"], ["--beta"]),
+    (["--limit", "-1"], ["--limit"]),
+    (["--sample", "4"], ["--sample"]),                       # no abbreviations
+    (["--policy", "a", "b", "--samples", "2", "--pairs", "x.jsonl"], ["--pairs"]),
+    (["--policy", "a", "--pairs", "x.jsonl"], ["--samples"]),
+    (["--policy", "a", "--samples", "2", "--select", "best"], ["--output"]),
+    (["--policy", "a", "--samples", "2", "--temperature", "0"], ["--temperature"]),
+    (["--output", "no/such/folder/x.jsonl"], ["no/such/folder"]),
+    (["--dataset", "nothing.jsonl"], ["nothing.jsonl"]),
+    (["--dataset", str(TOY / "pairs.jsonl"), "--output", str(TOY / "pairs.jsonl")], ["pairs.jsonl"]),
+    (["--dataset", str(TOY)], ["metrics.jsonl"]),
+    (["--implicit", "no/such/model", "--ref-model", "no/such/model"], ["no/such/model"]),
+    (["--policy", "no/such/model"], ["no/such/model"]),
+    (["--max-length", "4"], ["no rows"]),
+    (["--by", "colour"], ["colour", "pairs.jsonl"]),
+    (["--dataset", str(TOY / "pairs.jsonl"), str(TOY / "pairs.jsonl")], ["pairs.jsonl", "response"]),
+])
+def test_bad_input_ends_in_one_sentence(flags, words, rm, capsys):
+    own = [] if "--implicit" in flags or "--aggregate" in flags or "--limit" in flags else ["--reward-model", str(rm)]
+    said = refused(capsys, *own, *flags)
+    assert all(w in said for w in words), said
