@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()                  # one bar at a time: ours
@@ -860,6 +861,24 @@ class Sample:
     ended: bool                                              # False: cut at max_new_tokens
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer that takes room for 64 tokens at a time; transformers' own copies all of itself for every token."""
+    room = None                                              # keys and values (rows, heads, used + free, d); keys, values are views
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        used, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            self.room = [F.pad(old, (0, 0, 0, end - used + 63)) for old in (self.keys, self.values)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, used:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.room = None                                     # rows left: keys and values are copies now
+
+
 @torch.no_grad()
 def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False, seed=0, cache_tokens=2 ** 17, progress=None):
     """n answers for each prompt (lists of ids) → for each prompt a list of n Samples.
@@ -907,6 +926,9 @@ def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0,
                     cache = getattr(out, "past_key_values", None)
                     if cache is None:
                         fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here.")
+                    for layer in getattr(cache, "layers", []):
+                        if type(layer) is DynamicLayer:      # sliding windows and linear attention keep their own
+                            layer.__class__ = RoomyLayer
                     cache.reorder_cache(torch.arange(size, device=device).repeat_interleave(n))
                     logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
                 logp = logits.log_softmax(-1)
