@@ -1,12 +1,13 @@
-"""Make everything in tests/toy again from nothing: tokeniser, policy, pairs, prompts. About 10 minutes on two CPU cores.
+"""Make everything in tests/toy again from nothing: tokeniser, policy, pairs, prompts. About 5 minutes on two CPU cores.
 
     python tests/toy/make_toy.py [--out DIR]
 
 The task: sums of two numbers from 0 to 99, asked in a chat ("47+8" → "55"). The policy is pretrained with
-`train_dpo.py --loss sft` on demonstrations: first on right ones, then on imperfect ones, of which 60 % hold a slip (a digit
-off by one, a forgotten carry, a forgotten last digit). So it knows how to add and yet gives a wrong sum more often than
-not when it is sampled: that is what alignment can mend. The sums of the demonstrations, of the pairs and of the prompts
-are different ones: nothing that is evaluated was ever seen.
+`train_dpo.py --loss sft`: first on right demonstrations, then on imperfect ones, of which 60 % hold a slip (a digit off by
+one or two, a forgotten carry, a forgotten last digit), mixed with marked homework: a dialogue, right or wrong, and behind its
+end a teacher's mark, y or n. So it can add and knows a right sum when it sees one, and yet it gives a wrong sum more often
+than not when it is sampled: that is what alignment can mend. The sums of the demonstrations, of the pairs and of the
+prompts are different ones: nothing that is evaluated was ever seen.
 """
 import argparse
 import json
@@ -26,6 +27,10 @@ import train_dpo  # noqa: E402
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}<bot>{{ m['content'] }}{{ eos_token }}\
 {% elif m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}{{ raise_exception('only user and assistant can speak, not ' + m['role']) }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}<bot>{% endif %}"""
+
+# For pretraining only: a third message is the mark, which stands directly behind the answer's end.
+MARKED = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages %}{% if loop.index0 == 2 %}{{ m['content'] }}{{ eos_token }}{% else %}").replace(
+    "{% endfor %}", "{% endif %}{% endfor %}").replace("{% if add_generation_prompt %}", "{% if add_generation_prompt and messages[-1]['role'] == 'user' %}")
 
 
 def make_tokeniser():
@@ -57,6 +62,24 @@ def slip(a, b, rng):
             return wrong
 
 
+def ask(x, y):
+    return [{"role": "user", "content": f"{x}+{y}"}]
+
+
+def say(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def homework(sums, answers, marks, rng):
+    """For every sum: answers of which 60 % are wrong, and marked ones of which half are."""
+    hurried = lambda x, y, wrong: slip(x, y, rng) if rng.random() < wrong else str(x + y)  # noqa: E731
+    rows = [{"prompt": ask(x, y), "response": say(hurried(x, y, 0.6))} for x, y in sums * answers]
+    for x, y in sums * marks:
+        answer = hurried(x, y, 0.5)
+        rows.append({"prompt": ask(x, y) + say(answer), "response": say("y" if answer == str(x + y) else "n")})
+    return rows
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -64,15 +87,11 @@ def write(path, rows):
 def main(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument("--out", default=str(Path(__file__).parent))
-    p.add_argument("--right-epochs", type=int, default=36)
-    p.add_argument("--slip-epochs", type=int, default=12)
     a = p.parse_args(argv)
     out, rng = Path(a.out), random.Random(0)
     sums = [(x, y) for x in range(100) for y in range(100)]
     rng.shuffle(sums)
     shown, asked, paired = sums[:6500], sums[6500:8000], sums[8000:]
-    ask = lambda x, y: [{"role": "user", "content": f"{x}+{y}"}]  # noqa: E731
-    say = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
     write(out / "pairs.jsonl", [{"prompt": ask(x, y), "chosen": say(str(x + y)), "rejected": say(slip(x, y, rng)), "answer": str(x + y)} for x, y in paired])
     write(out / "prompts.jsonl", [{"prompt": ask(x, y), "answer": str(x + y)} for x, y in asked])
 
@@ -88,13 +107,17 @@ def main(argv=None):
         tokenizer.save_pretrained(scratch / "random")
         write(scratch / "right.jsonl", [{"prompt": ask(x, y), "response": say(str(x + y)), "answer": str(x + y)} for x, y in shown])
         write(scratch / "asked.jsonl", [{"prompt": ask(x, y), "response": say(str(x + y)), "answer": str(x + y)} for x, y in asked])
-        write(scratch / "slips.jsonl", [{"prompt": ask(x, y), "response": say(slip(x, y, rng) if rng.random() < 0.6 else str(x + y))}
-                                        for x, y in shown for _ in range(4)])
+        for name, answers, marks in (("slips.jsonl", 4, 4), ("more.jsonl", 2, 8)):
+            write(scratch / name, homework(shown, answers, marks, random.Random(name)))
+        (scratch / "marked.jinja").write_text(MARKED)
         sft = lambda start, data, end, *more: train_dpo.main([  # noqa: E731
             "--loss", "sft", "--model", str(scratch / start), "--dataset", str(scratch / data), "--output-dir", str(scratch / end),
-            "--eval-dataset", str(scratch / "asked.jsonl"), "--batch-size", "128", *more])
-        sft("random", "right.jsonl", "adder", "--learning-rate", "3e-3", "--epochs", str(a.right_epochs), "--eval-every", "500")
-        sft("adder", "slips.jsonl", "model", "--learning-rate", "5e-4", "--epochs", str(a.slip_epochs), "--eval-every", "500")
+            "--eval-dataset", str(scratch / "asked.jsonl"), "--eval-every", "500", *more])
+        marked = ["--batch-size", "256", "--chat-template", str(scratch / "marked.jinja")]
+        sft("random", "right.jsonl", "adder", "--batch-size", "128", "--learning-rate", "3e-3", "--epochs", "36")
+        sft("adder", "slips.jsonl", "pupil", "--learning-rate", "2e-3", "--epochs", "6", *marked)
+        sft("pupil", "more.jsonl", "model", "--learning-rate", "1.5e-3", "--epochs", "6", *marked)
+        tokenizer.save_pretrained(scratch / "model")         # with the template for use, not that of the marks
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "model").mkdir()
         for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
