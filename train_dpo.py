@@ -311,7 +311,7 @@ def eval_line(step, result, expected=None):
     """One line for the terminal; expected: the loss that theory says."""
     line = f"step {step}: eval loss {result['eval/loss']:.4f}" + (f" (expected {expected:.4f})" if expected else "")
     if "eval/rewards/margins" in result:
-        line += (f", accuracy {100 * result['eval/rewards/accuracies']:.1f} ± {100 * result['eval/accuracy_se']:.1f} % of {result['eval/n']} pairs, margin {result['eval/rewards/margins']:.3f}"
+        line += (f", accuracy {100 * result['eval/rewards/accuracies']:.1f} ± {100 * result['eval/accuracy_se']:.1f} % of {result['eval/n']} pairs, margin {round(result['eval/rewards/margins'], 3) + 0.0:.3f}"
                  f", log π chosen {result['eval/logps/chosen']:.2f} rejected {result['eval/logps/rejected']:.2f}, chosen fell in {100 * result['eval/chosen_fell']:.0f} %")
     if "eval/right" in result:
         line += f", right samples {100 * result['eval/right']:.1f} ± {100 * result['eval/right_se']:.1f} % of {result['eval/right_n']}"
