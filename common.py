@@ -646,7 +646,7 @@ def lay_out(model, groups, packed):
 
 
 def attention_mask(batch, config):
-    """What the model needs so that a completion sees its own prompt and itself, causally. See DESIGN in the README.
+    """What the model needs so that a completion sees its own prompt and itself, causally. See "Why it is fast" in the README.
 
     A token q attends to k where k is not later in the row, stands in the same tree, and is in the prompt or in q's own
     completion. Sliding windows count by *position*, not by place in the row. SDPA takes booleans; attention run eagerly
