@@ -389,14 +389,16 @@ class Encoder:
             ids += (self.continuation(piece[:cut]) if cut else []) + (self.ids(piece[cut:], True) if piece[cut:] else [])
         return ids
 
+    def with_bos(self, ids):
+        return ids if ids[:1] == self.bos else self.bos + ids    # a template may have written it already
+
     def prompt(self, prompt, where="prompt"):
         """Text or messages → (prompt_ids, the text they encode). The same ids for training, sampling and scoring."""
         if isinstance(prompt, str) and self.chat:
             prompt = [{"role": "user", "content": prompt}]
         control = not isinstance(prompt, str)
         text = self.render(prompt, where, generation_prompt=True) if control else prompt
-        ids = self.ids(text, control)
-        return (ids if ids[:1] == self.bos else self.bos + ids), text
+        return self.with_bos(self.ids(text, control)), text
 
     def __call__(self, group):
         """Fills prompt_ids, completion_ids and ended of a group.
@@ -408,7 +410,6 @@ class Encoder:
         group.prompt_ids, text = self.prompt(group.prompt, group.where)
         chat = not isinstance(group.prompt, str) or self.chat
         messages = [{"role": "user", "content": group.prompt}] if isinstance(group.prompt, str) else group.prompt
-        alone = self.ids(text, chat)
         spoken = [group.prompt] if isinstance(group.prompt, str) else [m["content"] for m in group.prompt]
         self.looks_special += any(self.special.search(t) for t in spoken + group.completions)
         group.completion_ids, group.ended = [], []
@@ -422,9 +423,9 @@ class Encoder:
                 self.template_changes_answers |= answer not in full.replace(MARK, "")
             else:
                 full = text + answer
-            joint = self.ids(full, chat)
-            if joint[:len(alone)] == alone:
-                ids = joint[len(alone):]
+            joint = self.with_bos(self.ids(full, chat))
+            if joint[:len(group.prompt_ids)] == group.prompt_ids:
+                ids = joint[len(group.prompt_ids):]
             elif MARK in full[len(text):]:
                 ids = [i for k, piece in enumerate(full[len(text):].split(MARK)) if piece for i in self.continuation(piece, control=k % 2 == 0)]
             else:
@@ -765,6 +766,12 @@ def load_encoder(path, template_file=None, chat=False, flag="--model"):
     return Encoder(tokenizer, config, generation_config, template_file, chat)
 
 
+def check_vocabulary(model, encoder, what):
+    """Every id of the tokeniser must have an embedding."""
+    if (top := max(encoder.tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
+        fail(f"{what}: the tokeniser has ids up to {top}, the model only {rows} embeddings; they do not belong together.")
+
+
 def load_model(path, encoder, device, flag="--model"):
     """A causal LM in float32 and in eval mode: dropout would make policy and reference differ from the first step.
 
@@ -777,8 +784,7 @@ def load_model(path, encoder, device, flag="--model"):
         fail(f"{flag} {path}: cannot be loaded as a causal language model ({str(error).strip().splitlines()[0]}).")
     if info["missing_keys"]:
         fail(f"{flag} {path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}, which would be random; is it a causal language model?")
-    if (top := max(encoder.tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
-        fail(f"{flag} {path}: the tokeniser has ids up to {top}, the model only {rows} embeddings; they do not belong together.")
+    check_vocabulary(model, encoder, f"{flag} {path}")
     return model.to(device).eval()
 
 
@@ -806,8 +812,7 @@ def load_reward_model(path, encoder, device, flag="--reward-model", new_head=Fal
     missing = sorted(k for k in info["missing_keys"] if trained or not k.startswith("score."))
     if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):
         fail(f"{flag} {path}: " + (f"the checkpoint lacks {missing[0]}, which would be random." if missing else f"{type(model).__name__} has no linear head called score."))
-    if (top := max(encoder.tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
-        fail(f"{flag} {path}: the tokeniser has ids up to {top}, the model only {rows} embeddings; they do not belong together.")
+    check_vocabulary(model, encoder, f"{flag} {path}")
     model.config.pad_token_id = encoder.tokenizer.pad_token_id if encoder.tokenizer.pad_token_id is not None else encoder.eos
     return model.to(device).eval()
 

@@ -88,7 +88,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from common import (Group, account, calibrate, can_pack, fail, load_encoder, load_model, load_reward_model, lay_out, micro_batches,
-                    plan_steps, read_groups, reward_scores, sample, split_by_prompt, sum_by_completion, token_logps, tokenise)
+                    plan_steps, read_groups, reward_scores, sample, split_by_prompt, token_logps, tokenise)
 
 TOY = Path(__file__).parent / "tests" / "toy"
 
@@ -647,15 +647,10 @@ def main(argv=None):
             raw = [math.nan if x is None else x for r in rolls for x in r["reward"]]
             shaped = torch.tensor([x + overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for x, n in zip(raw, lengths)], dtype=torch.float64)
             counts = [0 if math.isnan(x) or args.mask_truncated and not e else n for x, n, e in zip(raw, lengths, ended)]
-            parts = [rolls[i::args.minibatches] for i in range(min(args.minibatches, len(rolls)))]
-            offset, firsts = 0, {}
-            for r in rolls:
-                firsts[id(r)], offset = offset, offset + len(r["ids"])
             plan = []                                        # minibatches of micro-batches of pieces, cut once and used in every pass
-            for part in parts:
-                micros = pieces(part, args.micro_batch_tokens)
-                numbers = [firsts[id(r)] + j for r in part for j in range(len(r["ids"]))]
-                plan.append([(micro, [numbers[i] for g in micro for i in g.row["index"]]) for micro in micros])
+            for part in (range(i, len(rolls), args.minibatches) for i in range(min(args.minibatches, len(rolls)))):
+                numbers = [r * args.group_size + j for r in part for j in range(args.group_size)]    # of the part's answers in the step
+                plan.append([(micro, [numbers[i] for g in micro for i in g.row["index"]]) for micro in pieces([rolls[r] for r in part], args.micro_batch_tokens)])
             old, ref = {}, {}                                # (T,) per micro-batch, by its first answer's number
             with torch.no_grad(), autocast:
                 for micro, index in (m for part in plan for m in part):
@@ -666,7 +661,7 @@ def main(argv=None):
                         if args.kl == "reward" and reference is not None:
                             k1 = torch.zeros(len(index), device=device).index_add(0, owner.to(device), old[index[0]] - ref[index[0]])
                             shaped[index] -= args.beta * k1.double().cpu()
-            A = advantages(shaped.view(len(rolls), args.group_size), args.advantage, args.loss).flatten()            # (N,)
+            A = advantages(shaped.view(len(rolls), args.group_size), args.advantage, args.loss).flatten()            # (N,), group by group
             # update
             sums, norms = Counter(), []
             for part in plan * args.updates_per_batch:
@@ -681,7 +676,8 @@ def main(argv=None):
                         logp, owner = forward(policy, micro, packed, args)                           # (T,), (T,)
                     owner = owner.to(device)
                     before = old.get(index[0], logp.detach())                                        # on policy the ratio is exactly 1
-                    token = LOSSES[args.loss](logp, before, A[index].to(device), owner, args)        # (T,)
+                    mine_A = A[index].to(device)                                                     # (K,)
+                    token = LOSSES[args.loss](logp, before, mine_A, owner, args)                     # (T,)
                     if reference is not None and args.kl != "reward":
                         token = token + args.beta * kl_term(args.kl, logp, before, ref[index[0]])
                     # where, not multiply: a token that does not count must not bring its NaN or infinity along
@@ -690,7 +686,7 @@ def main(argv=None):
                     loss.backward()
                     with torch.no_grad():
                         ratio = (logp - before).exp()
-                        outside = ((ratio > 1 + args.clip_high) & (A[index].to(device)[owner] > 0)) | ((ratio < 1 - args.clip_low) & (A[index].to(device)[owner] < 0))
+                        outside = ((ratio > 1 + args.clip_high) & (mine_A[owner] > 0)) | ((ratio < 1 - args.clip_low) & (mine_A[owner] < 0))
                         sums.update({"loss": loss.item(), "tokens": len(logp), "entropy": -before.sum().item(), "clip_ratio": outside.sum().item(),
                                      "kl": 0.0 if reference is None else kl_term("k3", before, before, ref[index[0]]).sum().item()})
                 norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item())
@@ -715,7 +711,7 @@ def main(argv=None):
                 values = [v for r in rolls for v in r["by_reward"][name] if v is not None]
                 metrics |= {f"rewards/{name}/count": len(values)} | ({f"rewards/{name}/mean": statistics.mean(values)} if values else {})
             recent.append([{"step": step + 1, "prompt": r["group"].prompt, "completions": r["texts"], "rewards": r["reward"],
-                            "advantages": A[firsts[id(r)]:firsts[id(r)] + len(r["ids"])].tolist()} for r in rolls])
+                            "advantages": a} for r, a in zip(rolls, A.view(-1, args.group_size).tolist())])
             (out / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for lines in recent for line in lines))
         log(out, step + 1, metrics)
         shown = {"reward": "reward", "kl": "kl", "len": "completions/mean_length", "tok/s": "sample_tokens_per_second"}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import train_dpo
-from train_dpo import Pairs, dpo, main, micro_loss, normaliser, sft
+from train_dpo import Pairs, dpo, main, micro_loss, normaliser
 
 TOY = Path(__file__).parent / "toy"
 GOLDEN = Pairs(*(torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.5, 1.0)))          # h = 1.5
