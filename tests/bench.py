@@ -9,7 +9,9 @@ first step is warm-up), tokens per second and the peak memory above the loaded m
 bare forward and backward over the tokens that must be computed (each prompt once, the head at completion positions
 only, for rm at the last), all logits kept, without recomputation, optimizer or logging. Over 100 % is possible: kept logits
 cost time too.
-For grpo a step is split into sampling, rewards and update instead; the reward counts happy words, which costs nothing.
+For grpo a step is split into sampling, rewards and update; the reward counts happy words, which costs nothing. Its floor is
+the model alone, called with its cache once for every token of the longest answer, and a bare forward of the reference,
+forward and backward of the policy over what was sampled.
 --against runs another trainer's command and reads the JSON line that it ends with (seconds_per_step, peak_mb_above_model).
 """
 import argparse
@@ -122,6 +124,66 @@ def floor(a):
     return {"seconds_per_step": statistics.median(bare), "speed": sum(bare) / sum(ours)}
 
 
+def floor_grpo(a):
+    """As floor(), for both halves of a step: what is sampled by sample() is what the bare update computes."""
+    import torch
+    import torch.nn.functional as F
+    import common
+    import train_grpo as script
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, args = common.load_encoder(a.model), script.parse_args([])
+    groups, report = common.read_groups(a.data, ("prompt",))
+    groups = common.tokenise(groups, report, encoder, 4096 - a.max_new_tokens)
+    model, reference = common.load_model(a.model, encoder, device), common.load_model(a.model, encoder, device).requires_grad_(False)
+    optimizer, seconds = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for step, chosen in enumerate(common.plan_steps(len(groups), a.batch_size, 1, a.steps, 0)):
+        chosen, times = [groups[i] for i in chosen], [clock()]
+        with autocast:
+            answers = common.sample(model, [g.prompt_ids for g in chosen], a.group_size, a.max_new_tokens, encoder.stops, seed=step)
+        times.append(clock())
+        with torch.no_grad(), autocast:                      # every prompt as long as the longest: a plain loop has nothing better
+            ids = torch.tensor([(g.prompt_ids * 4096)[:max(len(g.prompt_ids) for g in chosen)] for g in chosen], device=device)
+            cache = model(input_ids=ids, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(a.group_size)
+            for _ in range(max(len(s.ids) for group in answers for s in group) - 1):
+                model(input_ids=ids[:, :1].repeat_interleave(a.group_size, 0), past_key_values=cache, logits_to_keep=1)
+        times.append(clock())
+        rolls = [{"group": g, "ids": [s.ids for s in group]} for g, group in zip(chosen, answers)]
+        micros = script.pieces(rolls, a.micro_batch_tokens)
+        times.append(clock())
+        optimizer.zero_grad(set_to_none=True)
+        for micro in micros:
+            with torch.no_grad(), autocast:
+                ref, owner = script.forward(reference, micro, True, args)
+            with autocast:
+                logp, owner = script.forward(model, micro, True, args)
+            A = torch.ones(sum(len(g.completion_ids) for g in micro), device=device)
+            (script.grpo(logp, logp.detach(), A, owner.to(device), args) + args.beta * script.kl_term("k3", logp, logp.detach(), ref)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        times.append(clock())
+        optimizer.zero_grad(set_to_none=True)
+        for micro in micros:
+            batch = common.lay_out(model, micro, True).to(device)
+            with torch.no_grad(), autocast:
+                common.head_logits(reference, common.hidden_states(reference, batch)[batch.read])
+            with autocast:
+                F.cross_entropy(common.head_logits(model, common.hidden_states(model, batch)[batch.read]), batch.target).backward()
+        times.append(clock())
+        seconds.append((times[1] - times[0], times[2] - times[1], times[4] - times[3], times[5] - times[4]))
+    sampling, bare_sampling, update, bare_update = (sum(x) for x in zip(*seconds[1:]))
+    steps = len(seconds) - 1
+    return {"seconds_per_step": (bare_sampling + bare_update) / steps, "speed": (bare_sampling + bare_update) / (sampling + update),
+            "split": {"sampling": bare_sampling / sampling, "update": bare_update / update}}
+
+
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False)
     p.add_argument("what", choices=["dpo", "rm", "grpo"])
@@ -136,7 +198,7 @@ def main():
     p.add_argument("--part", choices=["train", "floor"], help=argparse.SUPPRESS)         # one measurement, one process
     a = p.parse_args()
     if a.part:
-        print(json.dumps({"train": train, "floor": floor}[a.part](a)))
+        print(json.dumps((train if a.part == "train" else floor_grpo if a.what == "grpo" else floor)(a)))
         return
 
     def measure(command):
@@ -150,9 +212,9 @@ def main():
     if a.what == "grpo":
         print("split: " + ", ".join(f"{k} {v:.3f} s" for k, v in ours["split"].items())
               + f"; sampling {ours['sample_tokens_per_second']:,} tokens/s, update {ours['tokens_per_second']:,} tokens/s")
-    else:
-        bare = measure([sys.executable, *sys.argv, "--part", "floor"])
-        print(f"floor: {bare['seconds_per_step']:.2f} s a step; step by step in one process, ours runs at {100 * bare['speed']:.0f} % of the floor's speed")
+    bare = measure([sys.executable, *sys.argv, "--part", "floor"])
+    print(f"floor: {bare['seconds_per_step']:.2f} s a step; step by step in one process, ours runs at {100 * bare['speed']:.0f} % of the floor's speed"
+          + (" (" + ", ".join(f"{k} {100 * v:.0f} %" for k, v in bare["split"].items()) + ")" if a.what == "grpo" else ""))
     if a.against:
         peer = measure(shlex.split(a.against))
         print(f"against: {peer['seconds_per_step']:.2f} s a step, peak {peer['peak_mb_above_model']:,} MB: we take {peer['seconds_per_step'] / ours['seconds_per_step']:.1f} times less time "
