@@ -151,7 +151,7 @@ def text_or_messages(row, column, where):
                 content = "".join(part["text"] for part in content)       # [{"type": "text", "text": …}, …]
             if not isinstance(content, str) or not isinstance(message["role"], str):
                 fail(f"{where}: in column '{column}' a message's role or content is {content!r:.60}, not text.")
-            messages.append({"role": message["role"], "content": content})
+            messages.append({k: v for k, v in message.items() if v is not None} | {"content": content})   # a template may read further keys
         return messages
     fail(f"{where}: column '{column}' is {value!r:.60}, neither text nor a list of messages with role and content.")
 
@@ -239,6 +239,8 @@ def to_group(kind, row, where, prefer):
             if isinstance(c, list):
                 if len(c) != 1 or c[0]["role"] != "assistant":
                     fail(f"{where}: a completion must be one assistant message, not {[m['role'] for m in c]}.")
+                if more := sorted(set(c[0]) - {"role", "content"}):
+                    fail(f"{where}: an answer's message has '{more[0]}' besides role and content, which would be lost; move it or remove it.")
                 completions[i] = c[0]["content"]
     if any(not c.strip() for c in completions):
         return "with an empty answer"
@@ -339,7 +341,7 @@ class Encoder:
         an answer, which continues one. The three places where such a space is switched on are switched off in a copy.
         """
         if not getattr(self.tokenizer, "is_fast", False):
-            return lambda text, **_: self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return lambda text, control=False: self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
 
         def without_prefix(node):
             if isinstance(node, list):
@@ -378,14 +380,15 @@ class Encoder:
         except Exception as error:                           # jinja2 errors and whatever raise_exception() in a template says
             fail(f"{where}: the chat template refuses these messages ({error}).")
 
-    def ids(self, text, control):
-        """Token ids of a text. control: strings of special tokens in it (outside MARKs) are those tokens; else plain text."""
+    def ids(self, text, control, continues=False):
+        """Token ids of a text. control: strings of special tokens in it (outside MARKs) are those tokens; else plain text.
+        continues: the text goes on from one that is encoded already, see _continuation."""
         if MARK not in text or not control:
-            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
+            return self.continuation(text, control) if continues else self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
         ids = []                                             # odd pieces stand between MARKs: ordinary text
         for i, piece in enumerate(text.split(MARK)):
             first = self.special.search(piece) if i % 2 == 0 else None   # up to here a piece continues, from here it is as ever
-            cut = 0 if i == 0 else first.start() if first else len(piece)
+            cut = 0 if i == 0 and not continues else first.start() if first else len(piece)
             ids += (self.continuation(piece[:cut]) if cut else []) + (self.ids(piece[cut:], True) if piece[cut:] else [])
         return ids
 
@@ -426,10 +429,8 @@ class Encoder:
             joint = self.with_bos(self.ids(full, chat))
             if joint[:len(group.prompt_ids)] == group.prompt_ids:
                 ids = joint[len(group.prompt_ids):]
-            elif MARK in full[len(text):]:
-                ids = [i for k, piece in enumerate(full[len(text):].split(MARK)) if piece for i in self.continuation(piece, control=k % 2 == 0)]
             else:
-                ids = self.continuation(full[len(text):], control=chat)
+                ids = self.ids(full[len(text):], chat, continues=True)
             end = self.turn_end if chat and self.turn_end is not None else self.eos
             first_stop = next((i for i, t in enumerate(ids) if t in self.stops), len(ids)) if chat else len(ids)
             group.completion_ids.append(ids[:first_stop] + [ids[first_stop] if first_stop < len(ids) else end])
@@ -523,18 +524,21 @@ def plan_steps(n, batch_size, epochs, max_steps, seed):
     return steps[:max_steps] if max_steps > 0 else steps
 
 
-def micro_batches(groups, budget):
+def micro_batches(groups, budget, packed=True):
     """Split groups into lists of at most `budget` tokens; a single group over the budget stands alone, never dropped.
 
     Longest first, so that groups of like size meet. Only memory depends on the budget: losses are normalised over the step.
+    packed=False counts what pad() lays out: every completion with its prompt, filled up to the widest.
     """
+    width = lambda group: len(group.prompt_ids) + max(map(len, group.completion_ids))  # noqa: E731
+    cost = lambda group, widest: group.tokens() if packed else len(group.completion_ids) * width(widest)  # noqa: E731
     batches, used = [], 0
-    for group in sorted(groups, key=Group.tokens, reverse=True):
-        if not batches or used + group.tokens() > budget:
+    for group in sorted(groups, key=Group.tokens if packed else width, reverse=True):
+        if not batches or used + cost(group, batches[-1][0]) > budget:
             batches.append([])
             used = 0
         batches[-1].append(group)
-        used += group.tokens()
+        used += cost(group, batches[-1][0])
     return batches
 
 

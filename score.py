@@ -301,7 +301,7 @@ def measure(scorer, groups, args, autocast, by_token=False, quiet=False):
         scorer.packed = all(can_pack(m, groups, reward_scores if scorer.beta is None else token_logps) for m in scorer.models)
     result = {}
     bar = tqdm(total=len(groups), desc="score", unit="row", leave=False, disable=True if quiet else None)
-    for micro in micro_batches(groups, args.micro_batch_tokens):
+    for micro in micro_batches(groups, args.micro_batch_tokens, scorer.packed):
         with autocast:
             batch = lay_out(scorer.models[0], micro, scorer.packed)
             values = iter((scorer.tokens(batch) if by_token else scorer(batch)).float().tolist())

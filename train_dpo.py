@@ -264,7 +264,7 @@ def reference_logps(args, policy, encoder, groups, device, autocast):
         tqdm.write(f"reference log-probs: read from {file}")
     else:
         packed, by_group = can_pack(model, groups), {}
-        for micro in tqdm(micro_batches(groups, args.micro_batch_tokens), desc="reference log-probs", unit="batch", disable=None):
+        for micro in tqdm(micro_batches(groups, args.micro_batch_tokens, packed), desc="reference log-probs", unit="batch", disable=None):
             with autocast:
                 values = iter(forward(model, micro, packed).tolist())
             by_group |= {id(g): [next(values) for _ in g.completion_ids] for g in micro}
@@ -283,7 +283,7 @@ def reference_logps(args, policy, encoder, groups, device, autocast):
 def evaluate(model, encoder, groups, args, packed, autocast, show):
     """Exact means over all held-out groups (never a mean of batch means), and sampled answers for up to --eval-samples prompts."""
     sums = Counter()
-    for micro in tqdm(micro_batches(groups, args.micro_batch_tokens), desc="evaluate", unit="batch", leave=False, disable=None):
+    for micro in tqdm(micro_batches(groups, args.micro_batch_tokens, packed), desc="evaluate", unit="batch", leave=False, disable=None):
         with autocast:
             sums.update(micro_loss(forward(model, micro, packed), micro, args)[1])
     result = {f"eval/{k}": v for k, v in means(sums, groups, args.loss).items()} | {"eval/n": len(groups)}
@@ -495,7 +495,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, len(steps), args)
         optimizer.zero_grad(set_to_none=True)
-        for micro in micro_batches(groups, args.micro_batch_tokens):
+        for micro in micro_batches(groups, args.micro_batch_tokens, packed):
             with autocast:
                 logps = forward(policy, micro, packed)                                               # (K,)
             loss, micro_sums = micro_loss(logps, micro, args)

@@ -195,7 +195,8 @@ def parse_args(argv=None):
 
 # --- the algorithm: pure functions ---------------------------------------------------------------------------------------
 # Shapes: P prompts, G answers each; in a micro-batch K answers with T tokens, owner (T,) says whose a token is.
-# A loss: logp, old (T,) log-probs now and when sampled, A (K,) advantages → (T,) losses, to be weighted by weights().
+# A loss: logp, old (T,) log-probs now and when sampled, A (K,) advantages → (T,) losses, to be weighted by weights(), and
+# (T,) the ratios that it clips.
 
 def mean_by_owner(values, owner, count):
     """(T,) → (K,) mean over each answer's tokens."""
@@ -204,12 +205,12 @@ def mean_by_owner(values, owner, count):
 
 
 def clipped(log_ratio, A, args):
-    """−min( ρ A, clip(ρ) A ), and for A < 0 with --dual-clip C no less than C·A inside: (T,).  (6)"""
-    ratio = log_ratio.clamp(-20, 20).exp()
+    """−min( ρ A, clip(ρ) A ), and for A < 0 with --dual-clip C no less than C·A inside; and ρ: (T,), (T,).  (6)"""
+    ratio = log_ratio.clamp(-20, 20).exp()                   # e^20 is large enough; e^100 is infinite
     objective = torch.minimum(ratio * A, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * A)
     if args.dual_clip:
         objective = torch.where(A < 0, torch.maximum(objective, args.dual_clip * A), objective)
-    return -objective
+    return -objective, ratio
 
 
 def grpo(logp, old, A, owner, args):
@@ -229,17 +230,18 @@ def dr_grpo(logp, old, A, owner, args):
 
 def gspo(logp, old, A, owner, args):
     """one ratio per answer, exp of the mean log-ratio, clipped per answer (Zheng et al. 2025, eq. 5)"""
-    return clipped(mean_by_owner(logp - old, owner, len(A)), A, args)[owner]                         # (K,) → (T,)  (7)
+    return clipped(mean_by_owner(logp - old, owner, len(A))[owner], A[owner], args)                  # (K,) → (T,)  (7)
 
 
 def cispo(logp, old, A, owner, args):
     """clips the weight, not the token: sg[min(ρ, 1 + ε_high)] A log π, token mean (MiniMax 2025, eq. 4)"""
-    return -(logp - old).clamp(-20, 20).exp().clamp(max=1 + args.clip_high).detach() * A[owner] * logp          # (8)
+    ratio = (logp - old).clamp(-20, 20).exp().detach()
+    return -ratio.clamp(max=1 + args.clip_high) * A[owner] * logp, ratio                             # (8)
 
 
 def rloo(logp, old, A, owner, args):
     """leave-one-out baseline (3), the whole answer's ratio (Ahmadian et al. 2024)"""
-    return clipped(torch.zeros_like(A).index_add(0, owner, logp - old), A, args)[owner]              # (K,) → (T,)
+    return clipped(torch.zeros_like(A).index_add(0, owner, logp - old)[owner], A[owner], args)       # (K,) → (T,)
 
 
 LOSSES = {"grpo": grpo, "dapo": dapo, "dr-grpo": dr_grpo, "gspo": gspo, "cispo": cispo, "rloo": rloo}
@@ -264,7 +266,7 @@ def weights(lengths, loss, max_new_tokens):
 
 def kl_term(kind, logp, old, ref):
     """Per-token KL estimate that is added to the loss, with what it descends: (T,). See (9)."""
-    d = (ref - logp).clamp(-20, 20)                          # e^20 is large enough; e^100 is infinite
+    d = (ref - logp).clamp(-20, 20)
     if kind == "k2":
         return d.square() / 2                                # ∇ KL(π ‖ π_ref)
     k3 = d.exp() - 1 - d                                     # ∇ KL(π_ref ‖ π)
@@ -363,7 +365,7 @@ def model_reward(path, args, device, flag):
         if not packed:
             packed.append(can_pack(model, made, reward_scores))
         scores = {}
-        for micro in micro_batches(made, args.micro_batch_tokens):
+        for micro in micro_batches(made, args.micro_batch_tokens, packed[0]):
             values = reward_scores(model, lay_out(model, micro, packed[0])).tolist()
             scores |= {id(g): v for g, v in zip(micro, values)}
         values = [scores[id(g)] for g in made]
@@ -418,8 +420,9 @@ def forward(model, groups, packed, args):
     return token_logps(model, batch, args.temperature), batch.owner
 
 
-def pieces(rolls, budget):
+def pieces(rolls, budget, packed=True):
     """Groups to train on, cut into micro-batches. A group over the budget is split: the loss is a sum over answers, so it may be.
+    Where nothing is packed and so no prompt is shared, every answer is a group of its own.
 
     row["index"] says which answers of the step (numbered through all rolls) a piece holds.
     """
@@ -427,13 +430,13 @@ def pieces(rolls, budget):
     for roll in rolls:
         part = None
         for ids in roll["ids"]:
-            if part is None or part.tokens() + len(ids) > budget:
+            if part is None or not packed or part.tokens() + len(ids) > budget:
                 part = Group(roll["group"].where, roll["group"].prompt, [], {"index": []}, roll["group"].prompt_ids)
                 groups.append(part)
             part.completion_ids.append(ids)
             part.row["index"].append(i)
             i += 1
-    return micro_batches(groups, budget)
+    return micro_batches(groups, budget, packed)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -650,7 +653,7 @@ def main(argv=None):
             plan = []                                        # minibatches of micro-batches of pieces, cut once and used in every pass
             for part in (range(i, len(rolls), args.minibatches) for i in range(min(args.minibatches, len(rolls)))):
                 numbers = [r * args.group_size + j for r in part for j in range(args.group_size)]    # of the part's answers in the step
-                plan.append([(micro, [numbers[i] for g in micro for i in g.row["index"]]) for micro in pieces([rolls[r] for r in part], args.micro_batch_tokens)])
+                plan.append([(micro, [numbers[i] for g in micro for i in g.row["index"]]) for micro in pieces([rolls[r] for r in part], args.micro_batch_tokens, packed)])
             old, ref = {}, {}                                # (T,) per micro-batch, by its first answer's number
             with torch.no_grad(), autocast:
                 for micro, index in (m for part in plan for m in part):
@@ -677,7 +680,7 @@ def main(argv=None):
                     owner = owner.to(device)
                     before = old.get(index[0], logp.detach())                                        # on policy the ratio is exactly 1
                     mine_A = A[index].to(device)                                                     # (K,)
-                    token = LOSSES[args.loss](logp, before, mine_A, owner, args)                     # (T,)
+                    token, ratio = LOSSES[args.loss](logp, before, mine_A, owner, args)              # (T,), (T,)
                     if reference is not None and args.kl != "reward":
                         token = token + args.beta * kl_term(args.kl, logp, before, ref[index[0]])
                     # where, not multiply: a token that does not count must not bring its NaN or infinity along
@@ -685,7 +688,6 @@ def main(argv=None):
                     loss = torch.where(weight > 0, token * weight, 0).sum()
                     loss.backward()
                     with torch.no_grad():
-                        ratio = (logp - before).exp()
                         outside = ((ratio > 1 + args.clip_high) & (mine_A[owner] > 0)) | ((ratio < 1 - args.clip_low) & (mine_A[owner] < 0))
                         sums.update({"loss": loss.item(), "tokens": len(logp), "entropy": -before.sum().item(), "clip_ratio": outside.sum().item(),
                                      "kl": 0.0 if reference is None else kl_term("k3", before, before, ref[index[0]]).sum().item()})

@@ -247,7 +247,7 @@ def means(sums, groups):
 def score_groups(model, groups, args, packed, autocast, progress):
     """Scores of the answers of all groups, in their order: [K floats, …]."""
     by_group = {}
-    for micro in tqdm(micro_batches(groups, args.micro_batch_tokens), desc=progress, unit="batch", leave=False, disable=None):
+    for micro in tqdm(micro_batches(groups, args.micro_batch_tokens, packed), desc=progress, unit="batch", leave=False, disable=None):
         with autocast:
             values = iter(forward(model, micro, packed).tolist())
         by_group |= {id(g): [next(values) for _ in g.completion_ids] for g in micro}
@@ -501,7 +501,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, len(steps), args)
         optimizer.zero_grad(set_to_none=True)
-        for micro in micro_batches(groups, args.micro_batch_tokens):
+        for micro in micro_batches(groups, args.micro_batch_tokens, packed):
             with autocast:
                 rewards = forward(model, micro, packed)                                              # (N,)
             loss, micro_sums = micro_loss(rewards, micro, args)

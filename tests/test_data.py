@@ -591,6 +591,16 @@ def test_a18_the_mark_itself_is_refused(refuses):
         encode(letters(template=CHAT), [ask(f"a{MARK}</s>")], "yes")
 
 
+def test_further_keys_of_messages_reach_the_template_and_are_never_lost(data, refuses):
+    named = {**ask("u"), "name": "Ann", "tool_calls": None}  # Parquet fills in None where a message lacks a key
+    (group,), _ = read_groups(data([{"prompt": [named], "chosen": [say("y")], "rejected": [say("n")]}]), PAIRS)
+    assert group.prompt == [{"role": "user", "content": "u", "name": "Ann"}]
+    template = "{% for m in messages %}{{ m.name or '' }}{{ m.content }}{% endfor %}"
+    assert Encoder(letters(template=template)).prompt(group.prompt)[1] == "Annu"
+    with refuses("line 1", "'thinking'", "lost"):
+        read_groups(data([{"prompt": [U], "chosen": [{**say("y"), "thinking": "hm"}], "rejected": [say("n")]}]), PAIRS)
+
+
 @pytest.mark.parametrize("fraction, held_out", [(0.2, 2), (0.01, 1), (0, 0)])
 def test_a20_split_by_prompt(fraction, held_out):
     groups = [Group("", p, [str(k), "x"]) for k in range(3) for p in [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]]

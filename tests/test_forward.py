@@ -116,6 +116,9 @@ def test_micro_batches_keep_the_budget_and_every_group(budget):
     assert sorted(id(g) for b in batches for g in b) == sorted(map(id, groups))
     assert all(sum(map(size, b)) <= budget or len(b) == 1 for b in batches)
     assert len(batches) == {1: len(groups), 10 ** 6: 1}.get(budget, len(batches))
+    padded = micro_batches(groups, budget, packed=False)     # the padded layout holds every prompt again and filler
+    assert sorted(id(g) for b in padded for g in b) == sorted(map(id, groups))
+    assert all(pad(b).input_ids.numel() <= budget or len(b) == 1 for b in padded)
 
 
 # ④ pack ----------------------------------------------------------------------------------------------------------------

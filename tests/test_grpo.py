@@ -89,7 +89,7 @@ def test_eq4_on_policy_gradient_is_minus_advantage_times_grad_logp(loss):
     logp.requires_grad_()
     args = parse_args(["--loss", loss])
     w = weights(lengths, loss, 8)[owner]
-    grad = gradient((LOSSES[loss](logp, logp.detach(), A, owner, args) * w).sum(), logp)
+    grad = gradient((LOSSES[loss](logp, logp.detach(), A, owner, args)[0] * w).sum(), logp)
     scale = {"rloo": torch.tensor([1 / 3] * 3)}.get(loss, weights(lengths, loss, 8))         # rloo: the sum over the answer
     assert torch.allclose(grad, -A[owner] * scale[owner], atol=1e-6)
 
@@ -154,7 +154,7 @@ def test_value_and_gradient_against_float64(loss, seed):
     args = parse_args(["--loss", loss, "--clip-low", "0.15", "--clip-high", "0.3"])
     logp, old, owner = batch(lengths, seed)
     logp.requires_grad_()
-    ours = (LOSSES[loss](logp, old, A, owner, args) * weights(lengths, loss, L)[owner]).sum()
+    ours = (LOSSES[loss](logp, old, A, owner, args)[0] * weights(lengths, loss, L)[owner]).sum()
     exact, old64, _ = batch(lengths, seed, torch.float64)
     exact.requires_grad_()
     theirs = by_hand(loss, exact, old64, A, lengths, (0.15, 0.3), L)
@@ -168,7 +168,7 @@ def test_b6_losses_differ_in_value_and_gradient():
     seen = set()
     for loss in LOSSES:
         x = logp.clone().requires_grad_()
-        value = (LOSSES[loss](x, old, A, owner, parse_args(["--loss", loss])) * weights(lengths, loss, 16)[owner]).sum()
+        value = (LOSSES[loss](x, old, A, owner, parse_args(["--loss", loss]))[0] * weights(lengths, loss, 16)[owner]).sum()
         seen.add((round(value.item(), 6), round(gradient(value, x).norm().item(), 6)))
     assert len(seen) == len(LOSSES)
 
@@ -177,7 +177,7 @@ def test_g13_aggregation_golden_values():
     """Lengths 2 and 6, A = ±1, limit 8, on policy."""
     logp, owner, A = torch.zeros(8), torch.tensor([0] * 2 + [1] * 6), torch.tensor([1.0, -1.0])
     for loss, value in (("grpo", 0.0), ("dapo", 0.5), ("dr-grpo", 0.25), ("gspo", 0.0)):
-        token = LOSSES[loss](logp, logp, A, owner, parse_args(["--loss", loss]))
+        token = LOSSES[loss](logp, logp, A, owner, parse_args(["--loss", loss]))[0]
         assert (token * weights([2, 6], loss, 8)[owner]).sum().item() == pytest.approx(value, abs=1e-7)
 
 
@@ -190,23 +190,24 @@ def test_g12_answers_that_do_not_count_are_in_no_denominator():
 def test_g14_gspo_ratio_is_per_answer():
     owner = torch.tensor([0] * 2 + [1] * 6)
     args = SimpleNamespace(clip_low=1.0, clip_high=1.0, dual_clip=0)
-    loss = LOSSES["gspo"](torch.full((8,), 0.1), torch.zeros(8), torch.tensor([1.0, -1.0]), owner, args)
+    loss, ratio = LOSSES["gspo"](torch.full((8,), 0.1), torch.zeros(8), torch.tensor([1.0, -1.0]), owner, args)
     assert loss.tolist() == pytest.approx([-1.105171] * 2 + [1.105171] * 6, abs=1e-6)
+    assert ratio.tolist() == pytest.approx([1.105171] * 8, abs=1e-6)     # what clip_ratio counts: the answer's ratio, not a token's
 
 
 @pytest.mark.parametrize("A, ratio, objective, moves", [(1, 1.5, 1.2, False), (-1, 1.5, -1.5, True), (-1, 0.5, -0.8, False), (1, 0.5, 0.5, True)])
 def test_g15_which_side_is_clipped(A, ratio, objective, moves):
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss = LOSSES["grpo"](logp, torch.zeros(1), torch.tensor([float(A)]), torch.zeros(1, dtype=torch.long), parse_args([]))
+    loss, _ = LOSSES["grpo"](logp, torch.zeros(1), torch.tensor([float(A)]), torch.zeros(1, dtype=torch.long), parse_args([]))
     assert loss.item() == pytest.approx(-objective, abs=1e-6) and bool(gradient(loss.sum(), logp).abs() > 0) == moves
-    higher = LOSSES["dapo"](logp, torch.zeros(1), torch.tensor([float(A)]), torch.zeros(1, dtype=torch.long), parse_args(["--loss", "dapo"]))
+    higher, _ = LOSSES["dapo"](logp, torch.zeros(1), torch.tensor([float(A)]), torch.zeros(1, dtype=torch.long), parse_args(["--loss", "dapo"]))
     assert (higher.item() != pytest.approx(loss.item())) == (A > 0 and ratio > 1)        # 0.28 changes only this side
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_answer():
     args = parse_args(["--dual-clip", "3"])
     logp = torch.tensor([math.log(9.0)], requires_grad=True)
-    loss = LOSSES["grpo"](logp, torch.zeros(1), torch.tensor([-1.0]), torch.zeros(1, dtype=torch.long), args)
+    loss, _ = LOSSES["grpo"](logp, torch.zeros(1), torch.tensor([-1.0]), torch.zeros(1, dtype=torch.long), args)
     assert loss.item() == pytest.approx(3.0) and gradient(loss.sum(), logp).item() == 0
 
 
