@@ -81,6 +81,7 @@ import signal
 import statistics
 import time
 from collections import Counter, deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -198,10 +199,9 @@ def parse_args(argv=None):
 # A loss: logp, old (T,) log-probs now and when sampled, A (K,) advantages → (T,) losses, to be weighted by weights(), and
 # (T,) the ratios that it clips.
 
-def mean_by_owner(values, owner, count):
-    """(T,) → (K,) mean over each answer's tokens."""
-    total = torch.zeros(count, device=values.device).index_add(0, owner, values)
-    return total / torch.zeros(count, device=values.device).index_add(0, owner, torch.ones_like(values))
+def sum_by_owner(values, owner, count):
+    """(T,) → (K,) sum over each answer's tokens."""
+    return torch.zeros(count, device=values.device).index_add(0, owner, values)
 
 
 def clipped(log_ratio, A, args):
@@ -230,7 +230,8 @@ def dr_grpo(logp, old, A, owner, args):
 
 def gspo(logp, old, A, owner, args):
     """one ratio per answer, exp of the mean log-ratio, clipped per answer (Zheng et al. 2025, eq. 5)"""
-    return clipped(mean_by_owner(logp - old, owner, len(A))[owner], A[owner], args)                  # (K,) → (T,)  (7)
+    mean = sum_by_owner(logp - old, owner, len(A)) / sum_by_owner(torch.ones_like(logp), owner, len(A))          # (K,)
+    return clipped(mean[owner], A[owner], args)                                                      # (T,)  (7)
 
 
 def cispo(logp, old, A, owner, args):
@@ -241,7 +242,7 @@ def cispo(logp, old, A, owner, args):
 
 def rloo(logp, old, A, owner, args):
     """leave-one-out baseline (3), the whole answer's ratio (Ahmadian et al. 2024)"""
-    return clipped(torch.zeros_like(A).index_add(0, owner, logp - old)[owner], A[owner], args)       # (K,) → (T,)
+    return clipped(sum_by_owner(logp - old, owner, len(A))[owner], A[owner], args)
 
 
 LOSSES = {"grpo": grpo, "dapo": dapo, "dr-grpo": dr_grpo, "gspo": gspo, "cispo": cispo, "rloo": rloo}
@@ -296,6 +297,33 @@ def advantages(rewards, scale, loss="grpo"):
 def overlong_penalty(length, limit, cache):
     """Soft over-long punishment (Yu et al. 2025, eq. 13): 0 up to limit − cache tokens, then linear to −1 at the limit."""
     return min(0.0, (limit - cache - length) / cache) if cache else 0.0
+
+
+@dataclass
+class Micro:
+    """A micro-batch of a step's answers and the log-probs that were taken before the update."""
+    groups: list
+    index: list                                              # (K,) which of the step's N answers, in the order of the groups
+    old: torch.Tensor | None = None                          # (T,) of the policy that sampled; None: the only update takes its own
+    ref: torch.Tensor | None = None                          # (T,) of the reference
+
+
+def micro_loss(logp, owner, micro, A, w, args):
+    """(T,) log-probs of a micro-batch → (its part of the loss, Counter of metric sums). A, w (N,): advantages, weights.
+
+    The weights hold every denominator of the step, so how a step is cut into micro-batches does not change its gradient.
+    """
+    old = logp.detach() if micro.old is None else micro.old                                          # on policy ρ is exactly 1
+    A, weight = A[micro.index], w[micro.index][owner]                                                # (K,), (T,)
+    losses, ratio = LOSSES[args.loss](logp, old, A, owner, args)                                     # (T,), (T,)
+    if args.beta and args.kl != "reward":
+        losses = losses + args.beta * kl_term(args.kl, logp, old, micro.ref)
+    loss = torch.where(weight > 0, losses * weight, 0).sum()     # where: a token that does not count must not bring its NaN along
+    with torch.no_grad():
+        outside = ((ratio > 1 + args.clip_high) & (A[owner] > 0)) | ((ratio < 1 - args.clip_low) & (A[owner] < 0))
+        sums = {"loss": loss, "entropy": -old.sum(), "clip_ratio": outside.sum()}
+        sums |= {"kl": kl_term("k3", old, old, micro.ref).sum()} if args.beta else {}
+    return loss, Counter({k: v.item() for k, v in sums.items()} | {"tokens": len(logp)})
 
 
 def pass_at_k(n, right, k):
@@ -417,26 +445,41 @@ def fill(rolls, sample_more, train, args, step):
 def forward(model, groups, packed, args):
     """Log-probs of all completion tokens of a micro-batch at the sampling temperature, and whose they are: (T,), (T,)."""
     batch = lay_out(model, groups, packed)
-    return token_logps(model, batch, args.temperature), batch.owner
+    logp = token_logps(model, batch, args.temperature)
+    return logp, batch.owner.to(logp.device)
 
 
-def pieces(rolls, budget, packed=True):
-    """Groups to train on, cut into micro-batches. A group over the budget is split: the loss is a sum over answers, so it may be.
-    Where nothing is packed and so no prompt is shared, every answer is a group of its own.
+def minibatches(rolls, args, packed):
+    """The answers of a step → --minibatches disjoint parts, each a list of Micros: cut once, used in every pass.
 
-    row["index"] says which answers of the step (numbered through all rolls) a piece holds.
+    A group over the budget is split: the loss is a sum over answers, so it may be. Where nothing is packed, and so no
+    prompt is shared, every answer stands alone.
     """
-    groups, i = [], 0
-    for roll in rolls:
-        part = None
-        for ids in roll["ids"]:
-            if part is None or not packed or part.tokens() + len(ids) > budget:
-                part = Group(roll["group"].where, roll["group"].prompt, [], {"index": []}, roll["group"].prompt_ids)
-                groups.append(part)
-            part.completion_ids.append(ids)
-            part.row["index"].append(i)
-            i += 1
-    return micro_batches(groups, budget, packed)
+    parts = [[] for _ in range(min(args.minibatches, len(rolls)))]
+    for r, roll in enumerate(rolls):
+        piece, part, prompt = None, parts[r % len(parts)], roll["group"]
+        for j, ids in enumerate(roll["ids"]):
+            if piece is None or not packed or piece.tokens() + len(ids) > args.micro_batch_tokens:
+                piece = Group(prompt.where, prompt.prompt, [], {"index": []}, prompt.prompt_ids)
+                part.append(piece)
+            piece.completion_ids.append(ids)
+            piece.row["index"].append(r * len(roll["ids"]) + j)
+    return [[Micro(groups, [i for g in groups for i in g.row["index"]]) for groups in micro_batches(part, args.micro_batch_tokens, packed)] for part in parts]
+
+
+def describe(rolls, names):
+    """What the log says of a step's samples: rewards, lengths, repetition. names: of all rewards, watched ones too."""
+    lengths, ended = [len(ids) for r in rolls for ids in r["ids"]], [e for r in rolls for e in r["ended"]]
+    result = {"completions/mean_length": statistics.mean(lengths), "completions/clipped_ratio": 1 - sum(ended) / len(ended),
+              "completions/identical": statistics.mean(1 - len(set(map(tuple, r["ids"]))) / len(r["ids"]) for r in rolls)}
+    groups = [[x for x in r["reward"] if x is not None] for r in rolls]
+    if any(groups):
+        result |= {"reward": statistics.mean(x for group in groups for x in group),
+                   "reward_std": statistics.mean(statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups)}
+    for name in names:
+        values = [v for r in rolls for v in r["by_reward"][name] if v is not None]
+        result |= {f"rewards/{name}/count": len(values)} | ({f"rewards/{name}/mean": statistics.mean(values)} if values else {})
+    return result
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------------
@@ -638,82 +681,55 @@ def main(argv=None):
         began = time.perf_counter()
         more = lambda prompts, seed: rollout(policy, encoder, prompts, rewards, watch, args, autocast, args.group_size, seed)  # noqa: E731
         rolls = more([train[i] for i in steps[step]], draw_seed(args.seed, "train", step, 0))
-        flat_zero, sampled = statistics.mean(alike(r) for r in rolls), len(rolls)
+        metrics = {"frac_reward_zero_std": statistics.mean(alike(r) for r in rolls), "completions/sampled_groups": len(rolls)}
         if args.dynamic_sampling:
-            rolls, sampled = fill(rolls, more, train, args, step)
+            rolls, metrics["completions/sampled_groups"] = fill(rolls, more, train, args, step)
         sampled_at = time.perf_counter()
-        metrics = {"frac_reward_zero_std": flat_zero, "completions/sampled_groups": sampled}
-        if rolls:
-            # advantages
-            lengths = [len(ids) for r in rolls for ids in r["ids"]]
-            ended = [e for r in rolls for e in r["ended"]]
-            raw = [math.nan if x is None else x for r in rolls for x in r["reward"]]
-            shaped = torch.tensor([x + overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for x, n in zip(raw, lengths)], dtype=torch.float64)
-            counts = [0 if math.isnan(x) or args.mask_truncated and not e else n for x, n, e in zip(raw, lengths, ended)]
-            plan = []                                        # minibatches of micro-batches of pieces, cut once and used in every pass
-            for part in (range(i, len(rolls), args.minibatches) for i in range(min(args.minibatches, len(rolls)))):
-                numbers = [r * args.group_size + j for r in part for j in range(args.group_size)]    # of the part's answers in the step
-                plan.append([(micro, [numbers[i] for g in micro for i in g.row["index"]]) for micro in pieces([rolls[r] for r in part], args.micro_batch_tokens, packed)])
-            old, ref = {}, {}                                # (T,) per micro-batch, by its first answer's number
+        if rolls:                                            # dynamic sampling may have found no group to learn from
+            # log-probs before the update
+            plan = minibatches(rolls, args, packed)
+            in_reward, several = args.kl == "reward" and args.beta > 0, len(plan) * args.updates_per_batch > 1
+            r = torch.tensor([math.nan if x is None else x for roll in rolls for x in roll["reward"]], dtype=torch.float64)          # (N,)
+            lengths = [len(ids) for roll in rolls for ids in roll["ids"]]
+            shaped = r + torch.tensor([overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for n in lengths])
             with torch.no_grad(), autocast:
-                for micro, index in (m for part in plan for m in part):
+                for micro in (m for part in plan for m in part):
                     if reference is not None:
-                        ref[index[0]] = forward(reference, micro, packed, args)[0]
-                    if len(plan) * args.updates_per_batch > 1 or args.kl == "reward" and reference is not None:
-                        old[index[0]], owner = forward(policy, micro, packed, args)
-                        if args.kl == "reward" and reference is not None:
-                            k1 = torch.zeros(len(index), device=device).index_add(0, owner.to(device), old[index[0]] - ref[index[0]])
-                            shaped[index] -= args.beta * k1.double().cpu()
-            A = advantages(shaped.view(len(rolls), args.group_size), args.advantage, args.loss).flatten()            # (N,), group by group
+                        micro.ref, owner = forward(reference, micro.groups, packed, args)
+                    if several or in_reward:
+                        micro.old, owner = forward(policy, micro.groups, packed, args)
+                    if in_reward:                            # −β Σ_t k1
+                        shaped[micro.index] -= args.beta * sum_by_owner(micro.old - micro.ref, owner, len(micro.index)).double().cpu()
+            # advantages
+            A = advantages(shaped.view(len(rolls), -1), args.advantage, args.loss).flatten().to(device)                              # (N,)
+            ended = [e for roll in rolls for e in roll["ended"]]
+            counts = [0 if x.isnan() or args.mask_truncated and not e else n for x, n, e in zip(r, lengths, ended)]
             # update
             sums, norms = Counter(), []
             for part in plan * args.updates_per_batch:
-                mine = [i for _, index in part for i in index]
+                mine = [i for micro in part for i in micro.index]
                 w = torch.zeros(len(A))
                 w[mine] = weights([counts[i] for i in mine], args.loss, args.max_new_tokens)
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, len(steps), args)
                 optimizer.zero_grad(set_to_none=True)
-                for micro, index in part:
+                for micro in part:
                     with autocast:
-                        logp, owner = forward(policy, micro, packed, args)                           # (T,), (T,)
-                    owner = owner.to(device)
-                    before = old.get(index[0], logp.detach())                                        # on policy the ratio is exactly 1
-                    mine_A = A[index].to(device)                                                     # (K,)
-                    token, ratio = LOSSES[args.loss](logp, before, mine_A, owner, args)              # (T,), (T,)
-                    if reference is not None and args.kl != "reward":
-                        token = token + args.beta * kl_term(args.kl, logp, before, ref[index[0]])
-                    # where, not multiply: a token that does not count must not bring its NaN or infinity along
-                    weight = w[index].to(device)[owner]
-                    loss = torch.where(weight > 0, token * weight, 0).sum()
+                        logp, owner = forward(policy, micro.groups, packed, args)                    # (T,), (T,)
+                    loss, micro_sums = micro_loss(logp, owner, micro, A, w.to(device), args)
                     loss.backward()
-                    with torch.no_grad():
-                        outside = ((ratio > 1 + args.clip_high) & (mine_A[owner] > 0)) | ((ratio < 1 - args.clip_low) & (mine_A[owner] < 0))
-                        sums.update({"loss": loss.item(), "tokens": len(logp), "entropy": -before.sum().item(), "clip_ratio": outside.sum().item(),
-                                     "kl": 0.0 if reference is None else kl_term("k3", before, before, ref[index[0]]).sum().item()})
+                    sums.update(micro_sums)
                 norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item())
                 if not math.isfinite(norms[-1]):
                     fail(f"step {step + 1}: the gradient is not finite; try a lower --learning-rate.")
                 optimizer.step()
-            # log
-            valid = [x for x in raw if not math.isnan(x)]
-            now, tokens = time.perf_counter(), sum(lengths)
+            now, computed = time.perf_counter(), sum(g.tokens() for part in plan for micro in part for g in micro.groups)
             metrics |= {"loss": sums["loss"] / len(norms), "grad_norm": statistics.mean(norms), "learning_rate": lr_at(step, len(steps), args),
-                        "entropy": sums["entropy"] / sums["tokens"], "clip_ratio": sums["clip_ratio"] / sums["tokens"],
-                        "completions/mean_length": tokens / len(lengths), "completions/clipped_ratio": 1 - sum(ended) / len(ended),
-                        "completions/identical": statistics.mean(1 - len(set(map(tuple, r["ids"]))) / len(r["ids"]) for r in rolls),
-                        "sample_tokens_per_second": tokens / (sampled_at - began), "seconds/sample": sampled_at - began, "seconds/update": now - sampled_at,
-                        "tokens_per_second": sum(g.tokens() for part in plan for m, _ in part for g in m) * args.updates_per_batch / (now - sampled_at)}
-            if valid:
-                spread = torch.tensor([[math.nan if x is None else x for x in r["reward"]] for r in rolls], dtype=torch.float64)
-                metrics |= {"reward": statistics.mean(valid), "reward_std": statistics.mean([torch.std(x[~x.isnan()]).item() if (~x.isnan()).sum() > 1 else 0.0 for x in spread])}
-            if reference is not None:
-                metrics["kl"] = sums["kl"] / sums["tokens"]
-            for name in {**rewards, **watch}:
-                values = [v for r in rolls for v in r["by_reward"][name] if v is not None]
-                metrics |= {f"rewards/{name}/count": len(values)} | ({f"rewards/{name}/mean": statistics.mean(values)} if values else {})
-            recent.append([{"step": step + 1, "prompt": r["group"].prompt, "completions": r["texts"], "rewards": r["reward"],
-                            "advantages": a} for r, a in zip(rolls, A.view(-1, args.group_size).tolist())])
+                        **{k: sums[k] / sums["tokens"] for k in ("entropy", "clip_ratio", "kl") if k in sums}, **describe(rolls, [*rewards, *watch]),
+                        "sample_tokens_per_second": sum(lengths) / (sampled_at - began), "tokens_per_second": computed * args.updates_per_batch / (now - sampled_at),
+                        "seconds/sample": sampled_at - began, "seconds/update": now - sampled_at}
+            recent.append([{"step": step + 1, "prompt": roll["group"].prompt, "completions": roll["texts"], "rewards": roll["reward"],
+                            "advantages": a} for roll, a in zip(rolls, A.view(len(rolls), -1).tolist())])
             (out / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for lines in recent for line in lines))
         log(out, step + 1, metrics)
         shown = {"reward": "reward", "kl": "kl", "len": "completions/mean_length", "tok/s": "sample_tokens_per_second"}

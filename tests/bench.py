@@ -131,7 +131,7 @@ def floor_grpo(a):
     import common
     import train_grpo as script
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, args = common.load_encoder(a.model), script.parse_args([])
+    encoder, args = common.load_encoder(a.model), script.parse_args(["--micro-batch-tokens", str(a.micro_batch_tokens)])
     groups, report = common.read_groups(a.data, ("prompt",))
     groups = common.tokenise(groups, report, encoder, 4096 - a.max_new_tokens)
     model, reference = common.load_model(a.model, encoder, device), common.load_model(a.model, encoder, device).requires_grad_(False)
@@ -155,23 +155,22 @@ def floor_grpo(a):
             for _ in range(max(len(s.ids) for group in answers for s in group) - 1):
                 model(input_ids=ids[:, :1].repeat_interleave(a.group_size, 0), past_key_values=cache, logits_to_keep=1)
         times.append(clock())
-        rolls = [{"group": g, "ids": [s.ids for s in group]} for g, group in zip(chosen, answers)]
-        micros = script.pieces(rolls, a.micro_batch_tokens)
+        (micros,) = script.minibatches([{"group": g, "ids": [s.ids for s in group]} for g, group in zip(chosen, answers)], args, True)
         times.append(clock())
         optimizer.zero_grad(set_to_none=True)
         for micro in micros:
             with torch.no_grad(), autocast:
-                ref, owner = script.forward(reference, micro, True, args)
+                micro.ref, _ = script.forward(reference, micro.groups, True, args)
             with autocast:
-                logp, owner = script.forward(model, micro, True, args)
-            A = torch.ones(sum(len(g.completion_ids) for g in micro), device=device)
-            (script.grpo(logp, logp.detach(), A, owner.to(device), args) + args.beta * script.kl_term("k3", logp, logp.detach(), ref)).mean().backward()
+                logp, owner = script.forward(model, micro.groups, True, args)
+            ones = torch.ones(len(answers) * a.group_size, device=device)
+            script.micro_loss(logp, owner, micro, ones, ones, args)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         times.append(clock())
         optimizer.zero_grad(set_to_none=True)
         for micro in micros:
-            batch = common.lay_out(model, micro, True).to(device)
+            batch = common.lay_out(model, micro.groups, True).to(device)
             with torch.no_grad(), autocast:
                 common.head_logits(reference, common.hidden_states(reference, batch)[batch.read])
             with autocast:

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import train_grpo
-from train_grpo import (CLIP, LOSSES, advantages, combine, fill, kl_term, main, overlong_penalty, parse_args, pass_at_k, pieces, weights)
+from train_grpo import (CLIP, LOSSES, advantages, combine, fill, kl_term, main, minibatches, overlong_penalty, parse_args, pass_at_k, weights)
 
 TOY = Path(__file__).parent / "toy"
 
@@ -291,13 +291,14 @@ def test_g7_each_answer_sees_its_own_rows_columns_and_g18_its_text():
 def test_g8_the_sampled_ids_are_the_ids_that_are_trained_on():
     args, encoder, groups, policy, none = setup()
     rolls = train_grpo.rollout(policy, encoder, groups[:3], {"zero": lambda g, t, i: [0.0] * len(t)}, {}, args, none, 4, 0)
-    for budget in (10 ** 6, 12, 1):
-        found = {}
-        for micro in pieces(rolls, budget):
-            for g in micro:
-                assert g.prompt_ids in [r["group"].prompt_ids for r in rolls]
-                found |= dict(zip(g.row["index"], g.completion_ids))
-        assert [found[i] for i in range(12)] == [ids for r in rolls for ids in r["ids"]]
+    ids = [ids for r in rolls for ids in r["ids"]]
+    for args.micro_batch_tokens, args.minibatches, packed in [(10 ** 6, 1, True), (12, 1, True), (1, 1, True), (30, 2, True), (10 ** 6, 5, False)]:
+        plan, found = minibatches(rolls, args, packed), {}
+        assert len(plan) == min(args.minibatches, 3)
+        for micro in (m for part in plan for m in part):
+            assert [(g.prompt_ids, c) for g in micro.groups for c in g.completion_ids] == [(rolls[i // 4]["group"].prompt_ids, ids[i]) for i in micro.index]
+            found |= {i: ids[i] for i in micro.index}
+        assert sorted(i for part in plan for m in part for i in m.index) == sorted(found) == list(range(12))     # each answer once
 
 
 def test_g5_training_forward_gives_the_log_probs_of_the_rollout():
