@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import train_grpo
-from train_grpo import (CLIP, LOSSES, advantages, combine, fill, kl_term, main, minibatches, overlong_penalty, parse_args, pass_at_k, weights)
+from train_grpo import (CLIP, LOSSES, Micro, advantages, combine, fill, kl_term, main, micro_loss, minibatches, overlong_penalty, parse_args, pass_at_k, weights)
 
 TOY = Path(__file__).parent / "toy"
 
@@ -160,6 +160,35 @@ def test_value_and_gradient_against_float64(loss, seed):
     theirs = by_hand(loss, exact, old64, A, lengths, (0.15, 0.3), L)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
     assert torch.allclose(gradient(ours, logp).double(), gradient(theirs, exact), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k3", "k2", "k3-unbiased"])
+def test_micro_loss_is_surrogate_and_kl_under_one_weight_however_the_step_is_cut(kind):
+    """Value and gradient against float64, answers numbered out of order, one that does not count and whose KL is NaN."""
+    lengths, A, beta = [3, 1, 6, 4], torch.tensor([1.0, -0.5, 0.3, -2.0]), 0.3
+    args = parse_args(["--kl", kind, "--beta", str(beta)])
+    logp, old, owner = batch(lengths, 5)
+    ref = old + 0.4 * torch.randn(len(old), generator=torch.Generator().manual_seed(6))
+    logp.requires_grad_()
+    w = weights([3, 0, 6, 4], "grpo", 9)
+    index = [2, 0, 3, 1]                                     # the batch's answers as the step numbers them
+    step_A, step_w = torch.zeros(4), torch.zeros(4)
+    step_A[index], step_w[index] = A, w
+    ref[owner == 1] = math.nan
+    one, sums = micro_loss(logp, owner, Micro([], index, old, ref), step_A, step_w, args)
+    cut, where = sum(lengths[:2]), [owner < 2, owner >= 2]
+    halves = [micro_loss(logp[m], owner[m] - k, Micro([], index[k:k + 2], old[m], ref[m]), step_A, step_w, args) for m, k in zip(where, (0, 2))]
+    assert cut == int(where[0].sum()) and sums["tokens"] == 14 == sum(s["tokens"] for _, s in halves)
+
+    x, y, z = logp.detach().double().requires_grad_(), old.double(), ref.double().nan_to_num()
+    rho = (x - y).exp()
+    surrogate = -torch.minimum(rho * A.double()[owner], rho.clamp(0.8, 1.2) * A.double()[owner])
+    estimate = {"k3": (z - x).exp() - 1 - (z - x), "k2": (z - x) ** 2 / 2, "k3-unbiased": rho * ((z - x).exp() - 1 - (z - x))}[kind]
+    n = torch.tensor(lengths, dtype=torch.float64)[owner]
+    exact = ((surrogate + beta * estimate) / (3 * n))[owner != 1].sum()
+    assert one.item() == pytest.approx(exact.item(), rel=1e-5) == sum(loss for loss, _ in halves).item()
+    wanted = gradient(exact, x).float()
+    assert torch.allclose(gradient(one, logp), wanted, atol=1e-6) and torch.allclose(gradient(sum(loss for loss, _ in halves), logp), wanted, atol=1e-6)
 
 
 def test_b6_losses_differ_in_value_and_gradient():
