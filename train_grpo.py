@@ -230,7 +230,7 @@ def dr_grpo(logp, old, A, owner, args):
 
 def gspo(logp, old, A, owner, args):
     """one ratio per answer, exp of the mean log-ratio, clipped per answer (Zheng et al. 2025, eq. 5)"""
-    mean = sum_by_owner(logp - old, owner, len(A)) / sum_by_owner(torch.ones_like(logp), owner, len(A))          # (K,)
+    mean = sum_by_owner(logp - old, owner, len(A)) / sum_by_owner(torch.ones_like(logp), owner, len(A)).clamp(min=1)   # (K,)
     return clipped(mean[owner], A[owner], args)                                                      # (T,)  (7)
 
 
@@ -313,16 +313,20 @@ def micro_loss(logp, owner, micro, A, w, args):
 
     The weights hold every denominator of the step, so how a step is cut into micro-batches does not change its gradient.
     """
+    A, w = A[micro.index], w[micro.index]                                                            # (K,)
+    keep = w[owner] > 0                      # selected, not multiplied by 0: a token that does not count must not bring a NaN along
     old = logp.detach() if micro.old is None else micro.old                                          # on policy ρ is exactly 1
-    A, weight = A[micro.index], w[micro.index][owner]                                                # (K,), (T,)
+    logp, old, owner = logp[keep], old[keep], owner[keep]                                            # (T,) of those that count
     losses, ratio = LOSSES[args.loss](logp, old, A, owner, args)                                     # (T,), (T,)
+    if args.beta:
+        ref = micro.ref[keep]
     if args.beta and args.kl != "reward":
-        losses = losses + args.beta * kl_term(args.kl, logp, old, micro.ref)
-    loss = torch.where(weight > 0, losses * weight, 0).sum()     # where: a token that does not count must not bring its NaN along
+        losses = losses + args.beta * kl_term(args.kl, logp, old, ref)
+    loss = (losses * w[owner]).sum()
     with torch.no_grad():
         outside = ((ratio > 1 + args.clip_high) & (A[owner] > 0)) | ((ratio < 1 - args.clip_low) & (A[owner] < 0))
         sums = {"loss": loss, "entropy": -old.sum(), "clip_ratio": outside.sum()}
-        sums |= {"kl": kl_term("k3", old, old, micro.ref).sum()} if args.beta else {}
+        sums |= {"kl": kl_term("k3", old, old, ref).sum()} if args.beta else {}
     return loss, Counter({k: v.item() for k, v in sums.items()} | {"tokens": len(logp)})
 
 
@@ -725,7 +729,7 @@ def main(argv=None):
                 optimizer.step()
             now, computed = time.perf_counter(), sum(g.tokens() for part in plan for micro in part for g in micro.groups)
             metrics |= {"loss": sums["loss"] / len(norms), "grad_norm": statistics.mean(norms), "learning_rate": lr_at(step, len(steps), args),
-                        **{k: sums[k] / sums["tokens"] for k in ("entropy", "clip_ratio", "kl") if k in sums}, **describe(rolls, [*rewards, *watch]),
+                        **{k: sums[k] / max(1, sums["tokens"]) for k in ("entropy", "clip_ratio", "kl") if k in sums}, **describe(rolls, [*rewards, *watch]),
                         "sample_tokens_per_second": sum(lengths) / (sampled_at - began), "tokens_per_second": computed * args.updates_per_batch / (now - sampled_at),
                         "seconds/sample": sampled_at - began, "seconds/update": now - sampled_at}
             recent.append([{"step": step + 1, "prompt": roll["group"].prompt, "completions": roll["texts"], "rewards": roll["reward"],

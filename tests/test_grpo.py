@@ -178,12 +178,13 @@ def test_micro_loss_is_surrogate_and_kl_under_one_weight_however_the_step_is_cut
     one, sums = micro_loss(logp, owner, Micro([], index, old, ref), step_A, step_w, args)
     cut, where = sum(lengths[:2]), [owner < 2, owner >= 2]
     halves = [micro_loss(logp[m], owner[m] - k, Micro([], index[k:k + 2], old[m], ref[m]), step_A, step_w, args) for m, k in zip(where, (0, 2))]
-    assert cut == int(where[0].sum()) and sums["tokens"] == 14 == sum(s["tokens"] for _, s in halves)
+    assert cut == int(where[0].sum()) and sums["tokens"] == 13 == sum(s["tokens"] for _, s in halves)
 
     x, y, z = logp.detach().double().requires_grad_(), old.double(), ref.double().nan_to_num()
     rho = (x - y).exp()
     surrogate = -torch.minimum(rho * A.double()[owner], rho.clamp(0.8, 1.2) * A.double()[owner])
     estimate = {"k3": (z - x).exp() - 1 - (z - x), "k2": (z - x) ** 2 / 2, "k3-unbiased": rho * ((z - x).exp() - 1 - (z - x))}[kind]
+    assert sums["entropy"] == pytest.approx(-y[owner != 1].sum().item(), rel=1e-6) and math.isfinite(sums["kl"])      # of what counts
     n = torch.tensor(lengths, dtype=torch.float64)[owner]
     exact = ((surrogate + beta * estimate) / (3 * n))[owner != 1].sum()
     assert one.item() == pytest.approx(exact.item(), rel=1e-5) == sum(loss for loss, _ in halves).item()
