@@ -11,8 +11,8 @@ that it never saw (pass@1) goes from about 47 % to about 93 %. The first step's 
   normaliser   1/|o| within a completion, then the mean over the completions of the whole step, never of a micro-batch
   clip         ratio per token, 1 − 0.2 … 1 + 0.2; matters only from the second update on a batch on
   KL           k3 to the starting policy, per token, added to the loss with β = 0.04; what it descends is said at (9)
-  no variance  a group whose rewards are all alike has advantage 0: it costs its forward and, with β > 0, gives KL
-               gradient; it stays in every denominator. --dynamic-sampling replaces such groups
+  no variance  a group whose rewards are all alike has advantage 0. With β > 0 it gives KL gradient, with β = 0 nothing
+               is computed for it; it stays in every denominator. --dynamic-sampling replaces such groups
 Differs from the paper in: one update per batch and no reward model retrained on the way.
 Variants are one function each in LOSSES. Rewards have trl's signature, so that yours runs here unchanged.
 """
@@ -325,7 +325,7 @@ def micro_loss(logp, owner, micro, A, w, args):
     loss = (losses * w[owner]).sum()
     with torch.no_grad():
         outside = ((ratio > 1 + args.clip_high) & (A[owner] > 0)) | ((ratio < 1 - args.clip_low) & (A[owner] < 0))
-        sums = {"loss": loss, "entropy": -old.sum(), "clip_ratio": outside.sum()}
+        sums = {"loss": loss, "clip_ratio": outside.sum()}
         sums |= {"kl": kl_term("k3", old, old, ref).sum()} if args.beta else {}
     return loss, Counter({k: v.item() for k, v in sums.items()} | {"tokens": len(logp)})
 
@@ -415,7 +415,7 @@ def draw_seed(*parts):
 
 
 def rollout(policy, encoder, prompts, rewards, watch, args, autocast, n, seed, progress=None):
-    """Sample n answers for each prompt and reward them → one dict a prompt with lists of n: ids, ended, texts, reward, by_reward."""
+    """Sample n answers for each prompt and reward them → one dict a prompt with lists of n: ids, logps, ended, texts, reward, by_reward."""
     with autocast:
         answers = sample(policy, [g.prompt_ids for g in prompts], n, args.max_new_tokens, encoder.stops, args.temperature, args.top_p,
                          seed=seed, progress=progress)
@@ -425,7 +425,8 @@ def rollout(policy, encoder, prompts, rewards, watch, args, autocast, n, seed, p
     values = {name: f(groups, texts, [a.ids for a in flat]) for name, f in {**rewards, **watch}.items()}
     total = combine([values[name] for name in rewards], args.reward_weights, args.reward_aggregate)
     cut = lambda xs, i: xs[i * n:(i + 1) * n]  # noqa: E731
-    return [{"group": g, "ids": [a.ids for a in answers[i]], "ended": [a.ended for a in answers[i]], "texts": cut(texts, i),
+    return [{"group": g, "ids": [a.ids for a in answers[i]], "logps": [sum(a.logps) for a in answers[i]],
+             "ended": [a.ended for a in answers[i]], "texts": cut(texts, i),
              "reward": cut(total, i), "by_reward": {k: cut(v, i) for k, v in values.items()}} for i, g in enumerate(prompts)]
 
 
@@ -453,28 +454,35 @@ def forward(model, groups, packed, args):
     return logp, batch.owner.to(logp.device)
 
 
-def minibatches(rolls, args, packed):
-    """The answers of a step → --minibatches disjoint parts, each a list of Micros: cut once, used in every pass.
+def minibatches(rolls, wanted, args, packed):
+    """A step's N answers → --minibatches disjoint parts, each (the numbers of its answers, its Micros). Cut once, used in every pass.
 
+    wanted (N,): False for answers that give no gradient: nothing is computed for them, but they count in the denominators.
     A group over the budget is split: the loss is a sum over answers, so it may be. Where nothing is packed, and so no
     prompt is shared, every answer stands alone.
     """
-    parts = [[] for _ in range(min(args.minibatches, len(rolls)))]
-    for r, roll in enumerate(rolls):
-        piece, part, prompt = None, parts[r % len(parts)], roll["group"]
-        for j, ids in enumerate(roll["ids"]):
-            if piece is None or not packed or piece.tokens() + len(ids) > args.micro_batch_tokens:
-                piece = Group(prompt.where, prompt.prompt, [], {"index": []}, prompt.prompt_ids)
-                part.append(piece)
-            piece.completion_ids.append(ids)
-            piece.row["index"].append(r * len(roll["ids"]) + j)
-    return [[Micro(groups, [i for g in groups for i in g.row["index"]]) for groups in micro_batches(part, args.micro_batch_tokens, packed)] for part in parts]
+    plan, count = [], min(args.minibatches, len(rolls))
+    for first in range(count):
+        numbers, pieces = [], []
+        for r in range(first, len(rolls), count):
+            piece, prompt = None, rolls[r]["group"]
+            for i, ids in enumerate(rolls[r]["ids"], r * len(rolls[r]["ids"])):
+                numbers.append(i)
+                if wanted[i] and (piece is None or not packed or piece.tokens() + len(ids) > args.micro_batch_tokens):
+                    piece = Group(prompt.where, prompt.prompt, [], {"index": []}, prompt.prompt_ids)
+                    pieces.append(piece)
+                if wanted[i]:
+                    piece.completion_ids.append(ids)
+                    piece.row["index"].append(i)
+        micros = micro_batches(pieces, args.micro_batch_tokens, packed)
+        plan.append((numbers, [Micro(groups, [i for g in groups for i in g.row["index"]]) for groups in micros]))
+    return plan
 
 
 def describe(rolls, names):
     """What the log says of a step's samples: rewards, lengths, repetition. names: of all rewards, watched ones too."""
     lengths, ended = [len(ids) for r in rolls for ids in r["ids"]], [e for r in rolls for e in r["ended"]]
-    result = {"completions/mean_length": statistics.mean(lengths), "completions/clipped_ratio": 1 - sum(ended) / len(ended),
+    result = {"entropy": -sum(x for r in rolls for x in r["logps"]) / sum(lengths), "completions/mean_length": statistics.mean(lengths), "completions/clipped_ratio": 1 - sum(ended) / len(ended),
               "completions/identical": statistics.mean(1 - len(set(map(tuple, r["ids"]))) / len(r["ids"]) for r in rolls)}
     groups = [[x for x in r["reward"] if x is not None] for r in rolls]
     if any(groups):
@@ -690,34 +698,35 @@ def main(argv=None):
             rolls, metrics["completions/sampled_groups"] = fill(rolls, more, train, args, step)
         sampled_at = time.perf_counter()
         if rolls:                                            # dynamic sampling may have found no group to learn from
-            # log-probs before the update
-            plan = minibatches(rolls, args, packed)
-            in_reward, several = args.kl == "reward" and args.beta > 0, len(plan) * args.updates_per_batch > 1
+            # advantages
+            ended, lengths = [e for roll in rolls for e in roll["ended"]], [len(ids) for roll in rolls for ids in roll["ids"]]       # (N,)
             r = torch.tensor([math.nan if x is None else x for roll in rolls for x in roll["reward"]], dtype=torch.float64)          # (N,)
-            lengths = [len(ids) for roll in rolls for ids in roll["ids"]]
-            shaped = r + torch.tensor([overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for n in lengths])
+            r += torch.tensor([overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for n in lengths], dtype=torch.float64)
+            A = advantages(r.view(len(rolls), -1), args.advantage, args.loss).flatten()                                              # (N,)
+            counts = [0 if x.isnan() or args.mask_truncated and not e else n for x, n, e in zip(r, lengths, ended)]
+            # log-probs before the update
+            in_reward = args.kl == "reward" and args.beta > 0
+            plan = minibatches(rolls, [in_reward or n > 0 and (a != 0 or args.beta > 0) for n, a in zip(counts, A.tolist())], args, packed)
             with torch.no_grad(), autocast:
-                for micro in (m for part in plan for m in part):
+                for micro in (micro for _, micros in plan for micro in micros):
                     if reference is not None:
                         micro.ref, owner = forward(reference, micro.groups, packed, args)
-                    if several or in_reward:
+                    if in_reward or len(plan) * args.updates_per_batch > 1:
                         micro.old, owner = forward(policy, micro.groups, packed, args)
                     if in_reward:                            # −β Σ_t k1
-                        shaped[micro.index] -= args.beta * sum_by_owner(micro.old - micro.ref, owner, len(micro.index)).double().cpu()
-            # advantages
-            A = advantages(shaped.view(len(rolls), -1), args.advantage, args.loss).flatten().to(device)                              # (N,)
-            ended = [e for roll in rolls for e in roll["ended"]]
-            counts = [0 if x.isnan() or args.mask_truncated and not e else n for x, n, e in zip(r, lengths, ended)]
+                        r[micro.index] -= args.beta * sum_by_owner(micro.old - micro.ref, owner, len(micro.index)).double().cpu()
+            if in_reward:
+                A = advantages(r.view(len(rolls), -1), args.advantage, args.loss).flatten()
+            A = A.to(device)
             # update
             sums, norms = Counter(), []
-            for part in plan * args.updates_per_batch:
-                mine = [i for micro in part for i in micro.index]
+            for numbers, micros in plan * args.updates_per_batch:
                 w = torch.zeros(len(A))
-                w[mine] = weights([counts[i] for i in mine], args.loss, args.max_new_tokens)
+                w[numbers] = weights([counts[i] for i in numbers], args.loss, args.max_new_tokens)
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, len(steps), args)
                 optimizer.zero_grad(set_to_none=True)
-                for micro in part:
+                for micro in micros:
                     with autocast:
                         logp, owner = forward(policy, micro.groups, packed, args)                    # (T,), (T,)
                     loss, micro_sums = micro_loss(logp, owner, micro, A, w.to(device), args)
@@ -727,9 +736,9 @@ def main(argv=None):
                 if not math.isfinite(norms[-1]):
                     fail(f"step {step + 1}: the gradient is not finite; try a lower --learning-rate.")
                 optimizer.step()
-            now, computed = time.perf_counter(), sum(g.tokens() for part in plan for micro in part for g in micro.groups)
+            now, computed = time.perf_counter(), sum(g.tokens() for _, micros in plan for micro in micros for g in micro.groups)
             metrics |= {"loss": sums["loss"] / len(norms), "grad_norm": statistics.mean(norms), "learning_rate": lr_at(step, len(steps), args),
-                        **{k: sums[k] / max(1, sums["tokens"]) for k in ("entropy", "clip_ratio", "kl") if k in sums}, **describe(rolls, [*rewards, *watch]),
+                        **{k: sums[k] / max(1, sums["tokens"]) for k in ("clip_ratio", "kl") if k in sums}, **describe(rolls, [*rewards, *watch]),
                         "sample_tokens_per_second": sum(lengths) / (sampled_at - began), "tokens_per_second": computed * args.updates_per_batch / (now - sampled_at),
                         "seconds/sample": sampled_at - began, "seconds/update": now - sampled_at}
             recent.append([{"step": step + 1, "prompt": roll["group"].prompt, "completions": roll["texts"], "rewards": roll["reward"],

@@ -155,7 +155,8 @@ def floor_grpo(a):
             for _ in range(max(len(s.ids) for group in answers for s in group) - 1):
                 model(input_ids=ids[:, :1].repeat_interleave(a.group_size, 0), past_key_values=cache, logits_to_keep=1)
         times.append(clock())
-        (micros,) = script.minibatches([{"group": g, "ids": [s.ids for s in group]} for g, group in zip(chosen, answers)], args, True)
+        rolls = [{"group": g, "ids": [s.ids for s in group]} for g, group in zip(chosen, answers)]
+        ((_, micros),) = script.minibatches(rolls, [True] * (len(rolls) * a.group_size), args, True)
         times.append(clock())
         optimizer.zero_grad(set_to_none=True)
         for micro in micros:
