@@ -11,7 +11,7 @@
 A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, an unpaired label a group of
 one, GRPO samples a group of G. Everything after the reader sees groups only.
 
-Shapes: R rows of N tokens in a packed batch, K completions in the batch, T completion tokens in all of them, V vocabulary.
+Shapes: R rows of N tokens in a packed batch, K completions in it, T completion tokens in all of them, V vocabulary.
 """
 import csv
 import gzip
@@ -31,12 +31,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig)
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()                  # one bar at a time: ours
+
+
+NOT_LOADED = (OSError, ValueError, ImportError, KeyError, SafetensorError)     # what from_pretrained raises for bad files
 
 
 def fail(message):
@@ -45,7 +50,17 @@ def fail(message):
     raise SystemExit(2)
 
 
-# ① read ----------------------------------------------------------------------------------------------------------------
+def pick_device(name):
+    """auto = cuda where there is one, else cpu. A device that is not there is an error before anything is read."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: not to be had here ({str(error).splitlines()[0]}).")
+    return device
+
+
+# ① read ---------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Group:
@@ -56,7 +71,7 @@ class Group:
     row: dict = field(default_factory=dict)                  # every column of the row, for rewards, margins, answers
     prompt_ids: list = field(default_factory=list)           # P ids, BOS and template included
     completion_ids: list = field(default_factory=list)       # K lists of ids, each with its end token unless it was cut
-    ended: list = field(default_factory=list)                # K booleans: False where --overlong truncate cut the end off
+    ended: list = field(default_factory=list)                # K booleans: False where --overlong truncate cut the end
 
     def tokens(self):
         """Tokens that a shared-prefix forward computes: the prompt once, every completion once."""
@@ -79,9 +94,9 @@ PAIRS = ("pair", "pair, prompt inside", "PKU-SafeRLHF")
 def read_rows(source, split="train"):
     """All rows of a local .json, .jsonl, .csv or .parquet file (also .gz) or of a hub dataset.
 
-    Returns [(where, row)]: `where` names file and line for error messages. JSON and CSV are read by the standard library
-    and not through `datasets`, whose Arrow tables unify the columns of all rows: a 5 among strings would be a traceback
-    about the whole file instead of a sentence about line 17, and a missing column would be a silent None.
+    Returns [(where, row)]: `where` names file and line for error messages. The standard library reads JSON and CSV, not
+    `datasets`, whose Arrow tables unify the columns of all rows: a 5 among strings would be a traceback about the whole
+    file instead of a sentence about line 17, and a missing column would be a silent None.
     """
     path = Path(source)
     name = path.name.removesuffix(".gz")
@@ -101,21 +116,23 @@ def read_rows(source, split="train"):
             import pyarrow.parquet
             table = pyarrow.parquet.read_table(io.BytesIO(raw))
             return [(f"{source}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
-        text = raw.decode("utf-8-sig")                       # utf-8-sig: a byte order mark is not part of a column's name
-    except (OSError, EOFError, ValueError, zlib.error) as error:   # ValueError: UnicodeDecodeError, pyarrow's ArrowInvalid
+        text = raw.decode("utf-8-sig")                       # -sig: a byte order mark is not part of a column's name
+    except (OSError, EOFError, ValueError, zlib.error) as error:   # ValueError: bad UTF-8, pyarrow's ArrowInvalid
         fail(f"{source}: cannot be read ({error}).")
     if name.endswith(".csv"):
-        csv.field_size_limit(2 ** 31 - 1)                    # the module refuses cells over 131,072 characters, long dialogues
+        csv.field_size_limit(2 ** 31 - 1)                    # else it refuses cells over 131,072 characters: dialogues
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = []
+        rows, names = [], reader.fieldnames or []
+        if twice := [name for name in names if names.count(name) > 1]:
+            fail(f"{source}, line 1: two columns are called '{twice[0]}'; rename one.")
         try:
             for row in reader:
                 where = f"{source}, line {reader.line_num}"
                 if None in row or None in row.values():
                     fail(f"{where}: this row does not have the {len(reader.fieldnames)} fields of the header.")
                 rows.append((where, row))
-        except csv.Error as error:
-            fail(f"{source}, line {reader.line_num + 1}: broken CSV ({error}).")   # line_num: where the last good row ended
+        except csv.Error as error:                           # line_num: where the last good row ended
+            fail(f"{source}, line {reader.line_num + 1}: broken CSV ({error}).")
         return rows
     if not name.endswith((".json", ".jsonl")):
         fail(f"{source}: known file types are .json, .jsonl, .csv and .parquet, also with .gz.")
@@ -124,9 +141,9 @@ def read_rows(source, split="train"):
             rows = [(f"{source}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
         except json.JSONDecodeError as error:
             fail(f"{source}, line {error.lineno}: broken JSON ({error.msg}).")
-    else:                                                    # one object a line; split at \n only: str.splitlines() also cuts inside JSON text
+    else:                                                    # one object a line
         rows = []
-        for i, line in enumerate(text.split("\n"), 1):
+        for i, line in enumerate(text.split("\n"), 1):       # str.splitlines() would also cut inside JSON text
             try:
                 if line.strip():
                     rows.append((f"{source}, line {i}", json.loads(line)))
@@ -140,18 +157,27 @@ def read_rows(source, split="train"):
 
 def text_or_messages(row, column, where):
     """The checked value of a column: a str, or a list of messages whose content is a str. Anything else is an error."""
+    def text(value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            fail(f"{where}: column '{column}' holds half of a surrogate pair (like \\ud83d), which is no text; mend it.")
+        return value
+
     value = row.get(column)
     if isinstance(value, str):
-        return value
+        return text(value)
     if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
         messages = []
         for message in value:
             content = message["content"]
-            if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-                content = "".join(part["text"] for part in content)       # [{"type": "text", "text": …}, …]
+            if isinstance(content, list):                    # [{"type": "text", "text": …}, …]
+                parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+                content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
             if not isinstance(content, str) or not isinstance(message["role"], str):
                 fail(f"{where}: in column '{column}' a message's role or content is {content!r:.60}, not text.")
-            messages.append({k: v for k, v in message.items() if v is not None} | {"content": content})   # a template may read further keys
+            given = {k: v for k, v in message.items() if v is not None}   # a template may read further keys
+            messages.append(given | {"content": text(content)})
         return messages
     fail(f"{where}: column '{column}' is {value!r:.60}, neither text nor a list of messages with role and content.")
 
@@ -168,6 +194,24 @@ def number(row, column, where, low=-math.inf, high=math.inf):
     return value
 
 
+def soft_labels(groups, label_smoothing):
+    """Checks the column p_chosen, the probability that `chosen` is the better answer, and turns pairs below 1/2 round:
+    the same loss, and "chosen" is the better one wherever an accuracy is counted. A missing value is no soft label."""
+    turned = 0
+    for g in groups:
+        if g.row.get("p_chosen", "") in (None, ""):
+            g.row.pop("p_chosen", None)
+        if "p_chosen" in g.row:
+            if label_smoothing:
+                fail(f"{g.where}: rows with p_chosen carry their own label noise; drop --label-smoothing.")
+            g.row["p_chosen"] = number(g.row, "p_chosen", g.where, 0, 1)
+            if g.row["p_chosen"] < 0.5:
+                g.row["p_chosen"], turned = 1 - g.row["p_chosen"], turned + 1
+                g.completions.reverse()
+    if turned:
+        print(f"  {turned:,} pairs have p_chosen below 1/2: their answers change places, p_chosen becomes 1 − p_chosen")
+
+
 def split_transcripts(chosen, rejected):
     """HH-RLHF: two transcripts that share all but the last assistant turn → (prompt, chosen, rejected).
 
@@ -178,16 +222,17 @@ def split_transcripts(chosen, rejected):
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
     cut = chosen.rfind(marker, 0, common) + len(marker)
-    if cut < len(marker) or any(re.search(r"\n\nHuman:|\bHuman:.*\n\nAssistant:", t[cut:], re.DOTALL) for t in (chosen, rejected)):
+    answers = chosen[cut:], rejected[cut:]
+    if cut < len(marker) or any(re.search(r"\n\nHuman:|\bHuman:.*\n\nAssistant:", a, re.DOTALL) for a in answers):
         return None
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return chosen[:cut], *answers
 
 
 def to_group(kind, row, where, prefer):
     """One row of a known kind → Group, or the reason (a str) for which it is dropped."""
     def column(names):                                       # "prompt|question" → the one that this row has
         found = [n for n in names.split("|") if n in row]
-        return found[0] if found else fail(f"{where}: column '{names.replace('|', chr(39) + ' or ' + chr(39))}' is missing.")
+        return found[0] if found else fail(f"{where}: column '" + names.replace("|", "' or '") + "' is missing.")
 
     get = lambda names: text_or_messages(row, column(names), where)  # noqa: E731
     extra = dict(row)
@@ -224,7 +269,9 @@ def to_group(kind, row, where, prefer):
     elif kind == "unpaired":
         prompt, completions = get("prompt"), [get("completion")]
         label = {"true": True, "1": True, "false": False, "0": False}.get(str(row[column("label")]).lower())
-        extra["label"] = label if label is not None else fail(f"{where}: column 'label' is {row['label']!r}, neither true nor false.")
+        if label is None:
+            fail(f"{where}: column 'label' is {row['label']!r}, neither true nor false.")
+        extra["label"] = label
     elif kind == "response":
         prompt, name = get("prompt|question"), column("response|completion|answer")
         completions = [get(name)]
@@ -234,13 +281,14 @@ def to_group(kind, row, where, prefer):
         prompt, completions = get("prompt|question"), []
     if any(isinstance(c, list) for c in completions) and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):                             # every completion becomes the text of one assistant message
+    if isinstance(prompt, list):                             # every completion becomes one assistant message's text
         for i, c in enumerate(completions):
             if isinstance(c, list):
                 if len(c) != 1 or c[0]["role"] != "assistant":
                     fail(f"{where}: a completion must be one assistant message, not {[m['role'] for m in c]}.")
                 if more := sorted(set(c[0]) - {"role", "content"}):
-                    fail(f"{where}: an answer's message has '{more[0]}' besides role and content, which would be lost; move it or remove it.")
+                    fail(f"{where}: an answer's message has '{more[0]}' besides role and content, which would be lost; "
+                         "move it or remove it.")
                 completions[i] = c[0]["content"]
     if any(not c.strip() for c in completions):
         return "with an empty answer"
@@ -259,10 +307,11 @@ def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="bette
     rows = rows[:limit] if limit else rows
     if not rows:
         fail(f"{source}: no rows.")
+    first = rows[0][1]
     renames = [rename.partition("=")[::2] for rename in columns]         # (new, old)
     for new, old in renames:
-        if not new or old not in rows[0][1]:
-            fail(f"--columns {new}={old}: {source} has no column '{old}' (it has: {', '.join(rows[0][1])}); write NEW=OLD.")
+        if not new or old not in first:
+            fail(f"--columns {new}={old}: {source} has no column '{old}' (it has: {', '.join(first)}); write NEW=OLD.")
     for where, row in rows if renames else []:
         if lacking := [old for _, old in renames if old not in row]:
             fail(f"{where}: column '{lacking[0]}' is missing.")
@@ -270,14 +319,13 @@ def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="bette
         for _, old in renames:
             row.pop(old, None)
         row.update(values)
-    have = set(rows[0][1])
+    have = set(first)
     fits = [k for k, need in KINDS.items() if all(have & set(n.split("|")) for n in need)]
     kind = next((k for k in fits if k in kinds), None)
     if kind is None:
         needs = "; or ".join(" + ".join(n.replace("|", " or ") for n in KINDS[k]) for k in kinds)
-        fail(f"{source}: its columns ({', '.join(rows[0][1])}) "
-             + (f"are rows of kind '{fits[0]}', which this script cannot use{why}; it needs " if fits else "fit no format; needed are ")
-             + f"{needs}. --columns NEW=OLD renames.")
+        problem = f"are rows of kind '{fits[0]}', which this script cannot use{why}" if fits else "fit no format"
+        fail(f"{source}: its columns ({', '.join(first)}) {problem}; needed are {needs}. --columns NEW=OLD renames.")
     groups, report = [], Counter(rows=len(rows))
     for where, row in rows:
         made = to_group(kind, row, where, prefer)
@@ -289,9 +337,9 @@ def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="bette
     return groups, report
 
 
-# ② tokenise ------------------------------------------------------------------------------------------------------------
+# ② tokenise -----------------------------------------------------------------------------------------------------------
 
-MARK = "\ufdd0"                                              # a noncharacter, never in real text: brackets text that only looks special
+MARK = "\ufdd0"      # a noncharacter, never in real text: brackets text that only looks special
 
 
 class Encoder:
@@ -309,12 +357,16 @@ class Encoder:
         if template_file:
             if not Path(template_file).is_file():
                 fail(f"--chat-template {template_file}: no such file.")
-            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")    # saved with the checkpoint
+            try:
+                tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")    # saved with the checkpoint
+            except UnicodeDecodeError as error:
+                fail(f"--chat-template {template_file}: not a text file ({error}).")
         first = tokenizer("a")["input_ids"][0]
         self.bos = [first] if first == tokenizer.bos_token_id else []
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+        added = tokenizer.added_tokens_decoder.values()
+        special = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
         self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self.looks_special = 0                               # texts that held such a string: reported, encoded as ordinary text
+        self.looks_special = 0                               # rows with such a string, encoded as ordinary text
         self.template_changes_answers = False
         ends = getattr(generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
@@ -322,14 +374,16 @@ class Encoder:
         stops = [self.turn_end, tokenizer.eos_token_id, *ends]
         self.stops = sorted({i for i in stops if i is not None})
         if not self.stops:
-            fail(f"the tokeniser in {tokenizer.name_or_path} names no EOS token, so no answer could ever end; set eos_token in its config.")
+            fail(f"the tokeniser in {tokenizer.name_or_path} names no EOS token, so no answer could ever end; "
+                 "set eos_token in its config.")
         self.eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else self.stops[0]
         self.continuation = self._continuation()
         self.anchor = [] if tokenizer.chat_template else self.continuation("a")      # see decode
 
     def _turn_end(self):
         """Id of the first control token that the template writes after an answer, or None."""
-        text = self.render([{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}], "the chat template")
+        messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+        text = self.render(messages, "the chat template")
         tail = self.tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
         control = set(self.tokenizer.added_tokens_decoder) | set(self.tokenizer.all_special_ids)
         return next((i for i in tail if i in control), None)
@@ -337,11 +391,12 @@ class Encoder:
     def _continuation(self):
         """The same tokeniser without the space that some put before whatever they encode.
 
-        SentencePiece-like tokenisers (Llama 2, Mistral v1) turn "yes" into "▁yes": right at the start of a text, wrong for
+        SentencePiece-like tokenisers (Llama 2, Mistral v1) turn "yes" into "▁yes": right where a text starts, wrong for
         an answer, which continues one. The three places where such a space is switched on are switched off in a copy.
         """
         if not getattr(self.tokenizer, "is_fast", False):
-            return lambda text, control=False: self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
+            return lambda text, control=False: self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
 
         def without_prefix(node):
             if isinstance(node, list):
@@ -373,23 +428,27 @@ class Encoder:
             fail(f"{where}: chat messages, but the tokeniser in {self.tokenizer.name_or_path} has no chat template; "
                  "give one with --chat-template FILE.")
         if any(MARK in m["content"] for m in messages):
-            fail(f"{where}: a message holds the character U+FDD0, which Unicode keeps for internal use and which serves as a mark here.")
+            fail(f"{where}: a message holds U+FDD0, a noncharacter of Unicode that serves as a mark here.")
         marked = [mark(m) for m in messages] if hasattr(self, "stops") else messages
         try:
             return self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation_prompt)
-        except Exception as error:                           # jinja2 errors and whatever raise_exception() in a template says
+        except Exception as error:                           # jinja2's errors, or a raise_exception() in the template
             fail(f"{where}: the chat template refuses these messages ({error}).")
 
     def ids(self, text, control, continues=False):
-        """Token ids of a text. control: strings of special tokens in it (outside MARKs) are those tokens; else plain text.
+        """Token ids of a text. control: special strings in it (outside MARKs) are those tokens; else plain text.
         continues: the text goes on from one that is encoded already, see _continuation."""
         if MARK not in text or not control:
-            return self.continuation(text, control) if continues else self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
-        ids = []                                             # odd pieces stand between MARKs: ordinary text
-        for i, piece in enumerate(text.split(MARK)):
-            first = self.special.search(piece) if i % 2 == 0 else None   # up to here a piece continues, from here it is as ever
+            if continues:
+                return self.continuation(text, control)
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
+        ids = []
+        for i, piece in enumerate(text.split(MARK)):         # odd pieces stand between MARKs: ordinary text
+            # Up to its first special token a piece continues what stands before it, from there on it is as ever.
+            first = self.special.search(piece) if i % 2 == 0 else None
             cut = 0 if i == 0 and not continues else first.start() if first else len(piece)
-            ids += (self.continuation(piece[:cut]) if cut else []) + (self.ids(piece[cut:], True) if piece[cut:] else [])
+            ids += self.continuation(piece[:cut]) if cut else []
+            ids += self.ids(piece[cut:], True) if piece[cut:] else []
         return ids
 
     def with_bos(self, ids):
@@ -407,7 +466,7 @@ class Encoder:
         """Fills prompt_ids, completion_ids and ended of a group.
 
         Prompt and answer are encoded apart and concatenated, so the border never moves and every answer of a prompt has
-        the very same prompt ids. Where the ids of prompt + answer begin with the prompt's ids, the answer's ids are their
+        the same prompt ids. Where the ids of prompt + answer begin with the prompt's ids, the answer's ids are their
         rest (that is how the model will see such text); where a merge crosses the border, the answer is encoded alone.
         """
         group.prompt_ids, text = self.prompt(group.prompt, group.where)
@@ -422,7 +481,8 @@ class Encoder:
                 if not full.startswith(text):
                     at = next((i for i, (a, b) in enumerate(zip(text, full)) if a != b), len(full))
                     fail(f"{group.where}: the chat template writes the prompt differently once an answer follows "
-                         f"(from character {at}: {text[at:at + 30]!r} against {full[at:at + 30]!r}); use another --chat-template.")
+                         f"(from character {at}: {text[at:at + 30]!r} against {full[at:at + 30]!r}); "
+                         "use another --chat-template.")
                 self.template_changes_answers |= answer not in full.replace(MARK, "")
             else:
                 full = text + answer
@@ -440,19 +500,22 @@ class Encoder:
     def decode(self, ids):
         """Text of sampled ids as a reward function sees it: without the end token, everything else as it was written.
 
-        SentencePiece-like decoders drop a space at the start: right for a text, wrong for an answer that continues one, so
-        such an answer is decoded behind an "a". Not where there is a chat template: those write that space themselves.
+        SentencePiece-like decoders drop a space at the start: right for a text, wrong for an answer that continues one,
+        which is decoded behind an "a". Not where there is a chat template: those write that space themselves.
         """
+        def text(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         ids = ids[:-1] if ids and ids[-1] in self.stops else ids
-        text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)  # noqa: E731
         return text(self.anchor + ids).removeprefix(text(self.anchor))
 
     def show(self, group, width=160):
         """One group with its border: prompt ▸ answer. Control tokens are visible, long prompts lose their middle."""
-        text = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)  # noqa: E731
+        def text(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         short = lambda s: s if len(s) <= width else s[:width // 2] + " … " + s[-width // 2:]  # noqa: E731
         lines = [f"  prompt {short(text(group.prompt_ids))!r}"]
-        lines += [f"  ▸ {short(text(ids))!r}{'' if ended else '  (cut, no end token)'}" for ids, ended in zip(group.completion_ids, group.ended)]
+        for ids, ended in zip(group.completion_ids, group.ended):
+            lines.append(f"  ▸ {short(text(ids))!r}{'' if ended else '  (cut, no end token)'}")
         return "\n".join(lines)
 
 
@@ -492,9 +555,9 @@ def account(source, report, encoder):
     line = (f"{source}: {report['rows']:,} rows of kind '{report.kind}', kept {report['kept']:,}, "
             f"truncated {report['truncated']:,}, dropped {sum(why.values()):,}" + (f" ({dropped})" if dropped else ""))
     if encoder.looks_special:
-        line += f"\n  {encoder.looks_special:,} rows hold text that looks like a special token: it is encoded as ordinary text"
+        line += f"\n  {encoder.looks_special:,} rows hold text that looks like a special token; it stays ordinary text"
     if encoder.template_changes_answers:
-        line += "\n  the chat template rewrites some answers (trims or moves text): what is trained on is what it writes"
+        line += "\n  the chat template rewrites some answers (trims or moves text): what it writes is trained on"
     return line
 
 
@@ -502,16 +565,17 @@ def split_by_prompt(groups, fraction, seed):
     """(train, eval) without a common prompt. Depends on the prompts and the seed, not on the order of the rows."""
     key = lambda g: hashlib.sha256(f"{seed} {json.dumps(g.prompt)}".encode()).hexdigest()  # noqa: E731
     prompts = sorted({key(g) for g in groups})
-    held_out = set(prompts[:round(fraction * len(prompts)) or (fraction > 0)])
+    count = round(fraction * len(prompts)) or (fraction > 0)
+    held_out = set(prompts[:min(count, len(prompts) - 1)])   # one at least is trained on
     return [g for g in groups if key(g) not in held_out], [g for g in groups if key(g) in held_out]
 
 
-# ③ plan ----------------------------------------------------------------------------------------------------------------
+# ③ plan ---------------------------------------------------------------------------------------------------------------
 
 def plan_steps(n, batch_size, epochs, max_steps, seed):
     """The group indices of every optimizer step: a pure function of its arguments, so any process can compute it whole.
 
-    Every epoch is a new permutation and its last step may be smaller: no row is dropped. max_steps > 0 wins over epochs.
+    Every epoch is a new permutation, its last step may be smaller: no row is dropped. max_steps > 0 wins over epochs.
     """
     if n == 0:
         fail("no rows are left to train on.")
@@ -527,7 +591,7 @@ def plan_steps(n, batch_size, epochs, max_steps, seed):
 def micro_batches(groups, budget, packed=True):
     """Split groups into lists of at most `budget` tokens; a single group over the budget stands alone, never dropped.
 
-    Longest first, so that groups of like size meet. Only memory depends on the budget: losses are normalised over the step.
+    Longest first: groups of like size meet. Only memory depends on the budget: losses are normalised over the step.
     packed=False counts what pad() lays out: every completion with its prompt, filled up to the widest.
     """
     width = lambda group: len(group.prompt_ids) + max(map(len, group.completion_ids))  # noqa: E731
@@ -542,29 +606,30 @@ def micro_batches(groups, budget, packed=True):
     return batches
 
 
-# ④ pack ----------------------------------------------------------------------------------------------------------------
+# ④ pack ---------------------------------------------------------------------------------------------------------------
 
-ROW = 1024           # a row of a packed batch is about this long, or as long as its longest tree: attention costs row², not batch²
+ROW = 1024           # a packed row is about this long, or as its longest tree: attention costs row², not batch²
 TREE = 4096          # no tree (a prompt and completions behind it) is longer, unless one completion alone makes it so
-EVEN = 3072          # row length at which attention costs as much as all the rest of a layer: 6 times the width, see lay_out()
+EVEN = 3072          # row length at which attention costs as much as the rest of a layer: 6 × its width, see lay_out()
 
 
 @dataclass
 class Batch:
-    """A micro-batch ready for one forward. `tree` is None in the padded layout (one completion a row, nothing shared)."""
+    """A micro-batch for one forward. `tree` is None in the padded layout (one completion a row, nothing shared)."""
     input_ids: torch.Tensor                                  # (R, N)
-    positions: torch.Tensor                                  # (R, N) a completion's positions continue from its prompt's end
+    positions: torch.Tensor                                  # (R, N) a completion's go on from its prompt's end
     lengths: torch.Tensor                                    # (R,)   real tokens of each row
-    tree: torch.Tensor | None                                # (R, N) which group's prompt a token belongs to; -1 = filler
+    tree: torch.Tensor | None                                # (R, N) which tree of the row; -1 = filler
     branch: torch.Tensor | None                              # (R, N) which completion; -1 = prompt
-    read: torch.Tensor                                       # (T,)   where in R·N the token stands that predicts completion token t
+    read: torch.Tensor                                       # (T,)   where in R·N completion token t is predicted
     target: torch.Tensor                                     # (T,)   the id of completion token t
     owner: torch.Tensor                                      # (T,)   which of the K completions token t belongs to
     last: torch.Tensor                                       # (K,)   where in R·N each completion's last token stands
     count: int                                               # K, in the order of the groups given
 
     def to(self, device):
-        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in vars(self).values()))
+        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+                       for v in vars(self).values()))
 
 
 def _batch(rows, shared, count):
@@ -574,7 +639,7 @@ def _batch(rows, shared, count):
     read, target, owner, last = ([None] * count for _ in range(4))
     for r, row in enumerate(rows):
         for number_, (prompt, completions) in enumerate(row):
-            assert prompt and all(c for _, c in completions), "an empty prompt or completion: nothing predicts its tokens"
+            assert prompt and all(c for _, c in completions), "an empty prompt or completion: nothing predicts it"
             ids[r] += prompt
             positions[r] += range(len(prompt))
             tree[r] += [number_] * len(prompt)
@@ -586,22 +651,23 @@ def _batch(rows, shared, count):
                 positions[r] += range(len(prompt), len(prompt) + len(completion))
                 tree[r] += [number_] * len(completion)
                 branch[r] += [k] * len(completion)
-                # The last prompt token predicts the first token of every completion; after that each token the next one.
+                # The last prompt token predicts the first token of every completion; after that each token the next.
                 read[k] = [end_of_prompt, *range(start, start + len(completion) - 1)]
                 target[k], owner[k], last[k] = completion, [k] * len(completion), start + len(completion) - 1
     lengths = torch.tensor([len(x) for x in ids])
     fill = lambda xs, value: torch.tensor([x + [value] * (width - len(x)) for x in xs])  # noqa: E731
     flat = lambda xs: torch.tensor([x for sub in xs for x in sub])  # noqa: E731
-    return Batch(fill(ids, 0), fill(positions, 0), lengths, fill(tree, -1) if shared else None, fill(branch, -1) if shared else None,
+    return Batch(fill(ids, 0), fill(positions, 0), lengths,
+                 fill(tree, -1) if shared else None, fill(branch, -1) if shared else None,
                  flat(read), flat(target), flat(owner), torch.tensor(last), count)
 
 
 def pack(groups, row=ROW, tree=TREE, even=EVEN):
     """Shared-prefix layout: each prompt once, its completions behind it, several such trees a row, hardly any filler.
 
-    A group becomes several trees where that is cheaper. With m completions of C tokens behind a prompt of P, a completion
-    costs (P/m + C) tokens times 1 + (P + mC)/even for attention; that is least at mC = √(P (P + even)). So a long prompt
-    stands once, and many long answers to a short prompt do not pay for attending (masked) to each other.
+    A group becomes several trees where that is cheaper. With m completions of C tokens behind a prompt of P, each
+    costs (P/m + C) tokens times 1 + (P + mC)/even for attention; that is least at mC = √(P (P + even)). So a long
+    prompt stands once, and many long answers to a short prompt do not pay for attending (masked) to each other.
     """
     trees, count = [], 0
     for group in groups:
@@ -621,7 +687,7 @@ def pack(groups, row=ROW, tree=TREE, even=EVEN):
     total, best = sum(map(size, trees)), None
     for number_ in range(math.ceil(total / max(row, size(trees[0]))), len(trees) + 1):
         rows, load = [[] for _ in range(number_)], [0] * number_
-        for t in trees:                                      # longest first into the emptiest row: rows end up about equal
+        for t in trees:                                      # longest first, into the emptiest row: about equal rows
             r = load.index(min(load))
             rows[r].append(t)
             load[r] += size(t)
@@ -634,7 +700,7 @@ def pack(groups, row=ROW, tree=TREE, even=EVEN):
 
 
 def pad(groups):
-    """The plain layout, right for any causal LM: one completion a row behind its own copy of the prompt, filled up right."""
+    """The plain layout, right for any causal LM: one completion a row behind its own prompt, filled up right."""
     flat = [(g.prompt_ids, ids) for g in groups for ids in g.completion_ids]
     return _batch([[(p, [(k, ids)])] for k, (p, ids) in enumerate(flat)], False, len(flat))
 
@@ -651,7 +717,7 @@ def lay_out(model, groups, packed):
 
 
 def attention_mask(batch, config):
-    """What the model needs so that a completion sees its own prompt and itself, causally. See "Why it is fast" in the README.
+    """What lets a completion see its own prompt and itself, causally. See "Why it is fast" in the README.
 
     A token q attends to k where k is not later in the row, stands in the same tree, and is in the prompt or in q's own
     completion. Sliding windows count by *position*, not by place in the row. SDPA takes booleans; attention run eagerly
@@ -661,7 +727,8 @@ def attention_mask(batch, config):
         return torch.arange(batch.input_ids.shape[1], device=batch.lengths.device) < batch.lengths[:, None]   # (R, N)
     place = torch.arange(batch.tree.shape[1], device=batch.tree.device)
     q, k = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    mask = (q(batch.tree) == k(batch.tree)) & (place[:, None] >= place) & ((k(batch.branch) == -1) | (q(batch.branch) == k(batch.branch)))
+    mask = (q(batch.tree) == k(batch.tree)) & (place[:, None] >= place)
+    mask &= (k(batch.branch) == -1) | (q(batch.branch) == k(batch.branch))
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     masks = {"full_attention": mask}                         # (R, N, N)
     if window:
@@ -676,7 +743,7 @@ def attention_mask(batch, config):
     return masks["sliding_attention" if window and types != {"full_attention"} else "full_attention"]
 
 
-# ⑤ log-probs -----------------------------------------------------------------------------------------------------------
+# ⑤ log-probs ----------------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 26      # logits computed at once (256 MiB in float32)
 
@@ -686,7 +753,8 @@ def hidden_states(model, batch):
     backbone = getattr(model, model.base_model_prefix)
     takes = inspect.signature(backbone.forward).parameters
     extra = {"position_ids": batch.positions} if "position_ids" in takes else {}
-    out = backbone(input_ids=batch.input_ids, attention_mask=attention_mask(batch, backbone.config), use_cache=False, **extra)
+    mask = attention_mask(batch, backbone.config)
+    out = backbone(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **extra)
     return out.last_hidden_state.flatten(0, 1)
 
 
@@ -705,7 +773,7 @@ def head_logits(model, hidden):
 class _GatherLogSoftmax(torch.autograd.Function):
     """log_softmax(logits)[target] in the memory of the logits: (n, V), (n,) → (n,).
 
-    The forward leaves the unnormalised probabilities where the logits were, the backward the gradient; the usual operations
+    The forward leaves the unnormalised probabilities where the logits were, the backward the gradient; usual operations
     would hold three such arrays, and with 150,000 tokens to choose from they are the largest there are. The logits must
     be nobody else's, and the backward runs once.
     """
@@ -728,7 +796,7 @@ class _GatherLogSoftmax(torch.autograd.Function):
 
 
 def token_logps(model, batch, temperature=1.0):
-    """log π(y_t | x, y_<t) of every completion token at the given temperature: (T,) float32. batch.owner says whose it is.
+    """log π(y_t | x, y_<t) of every completion token at a temperature: (T,) float32. batch.owner says whose it is.
 
     The head runs only where a completion token is predicted, in chunks, and a chunk is recomputed in the backward
     instead of kept (without `checkpoint` all chunks would be kept and chunking would save nothing). All but the last:
@@ -736,7 +804,8 @@ def token_logps(model, batch, temperature=1.0):
     """
     batch = batch.to(next(model.parameters()).device)
     if batch.tree is None:                                   # the fallback asks the model itself for logits
-        logits = model(input_ids=batch.input_ids, attention_mask=attention_mask(batch, model.config), use_cache=False).logits
+        mask = attention_mask(batch, model.config)
+        logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.read].float() / temperature
         return logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
     hidden = hidden_states(model, batch)[batch.read]         # (T, d)
@@ -746,26 +815,31 @@ def token_logps(model, batch, temperature=1.0):
         return _GatherLogSoftmax.apply(logits / temperature if temperature != 1 else logits, target)
 
     size = max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
-    sizes = [len(hidden) % size] * (len(hidden) % size > 0) + [size] * (len(hidden) // size)     # the kept one is a full one
+    whole, rest = divmod(len(hidden), size)
+    sizes = [rest] * (rest > 0) + [size] * whole             # the kept one is a full one
     chunks = list(zip(hidden.split(sizes), batch.target.split(sizes)))
-    done = [checkpoint(logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else logps(h, t) for h, t in chunks[:-1]]
+    done = [checkpoint(logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else logps(h, t)
+            for h, t in chunks[:-1]]
     return torch.cat(done + [logps(*chunks[-1])])
 
 
 def sum_by_completion(values, batch):
     """(T,) per token → (K,) per completion."""
-    return torch.zeros(batch.count, device=values.device, dtype=values.dtype).index_add(0, batch.owner.to(values.device), values)
+    return values.new_zeros(batch.count).index_add(0, batch.owner.to(values.device), values)
 
 
 def load_encoder(path, template_file=None, chat=False, flag="--model"):
-    """The Encoder of a model directory or hub id, without its weights: bad data is found before anything big is loaded."""
+    """The Encoder of a model directory or hub id, without its weights: bad data is found before they are loaded."""
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        fail(f"{flag} {path}: neither a model directory nor a hub id that could be loaded ({str(error).strip().splitlines()[0]}).")
+    except NOT_LOADED as error:
+        why = str(error).strip().splitlines()[0]
+        fail(f"{flag} {path}: neither a model directory nor a hub id that could be loaded ({why}).")
     try:
         generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:                                          # many checkpoints have none
+    except OSError as error:                                 # many checkpoints have none
+        if (Path(path) / "generation_config.json").exists():
+            fail(f"{flag} {path}: generation_config.json cannot be read ({str(error).strip().splitlines()[0]}).")
         generation_config = None
     return Encoder(tokenizer, config, generation_config, template_file, chat)
 
@@ -773,21 +847,25 @@ def load_encoder(path, template_file=None, chat=False, flag="--model"):
 def check_vocabulary(model, encoder, what):
     """Every id of the tokeniser must have an embedding."""
     if (top := max(encoder.tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
-        fail(f"{what}: the tokeniser has ids up to {top}, the model only {rows} embeddings; they do not belong together.")
+        fail(f"{what}: the tokeniser has ids up to {top}, the model {rows} embeddings; they do not belong together.")
 
 
 def load_model(path, encoder, device, flag="--model"):
     """A causal LM in float32 and in eval mode: dropout would make policy and reference differ from the first step.
 
-    Float32 masters on purpose: bfloat16 weights under AdamW at lr 1e-6 realise about 2 % of the update. Only safetensors
-    are read, never a pickle, and code from the checkpoint is never run.
+    Float32 masters on purpose: bfloat16 weights under AdamW at lr 1e-6 realise about 2 % of the update. Only
+    safetensors are read, never a pickle, and code from the checkpoint is never run.
     """
+    architectures = AutoConfig.from_pretrained(path).architectures or []
+    if any("SequenceClassification" in a for a in architectures):        # where embeddings are tied no weight is missing
+        fail(f"{flag} {path}: {architectures[0]} is a reward model, not a language model.")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except NOT_LOADED as error:
         fail(f"{flag} {path}: cannot be loaded as a causal language model ({str(error).strip().splitlines()[0]}).")
-    if info["missing_keys"]:
-        fail(f"{flag} {path}: the checkpoint lacks {sorted(info['missing_keys'])[0]}, which would be random; is it a causal language model?")
+    if missing := sorted(info["missing_keys"]):
+        fail(f"{flag} {path}: the checkpoint lacks {missing[0]}, which would be random; is it a causal language model?")
     check_vocabulary(model, encoder, f"{flag} {path}")
     return model.to(device).eval()
 
@@ -804,20 +882,25 @@ def load_reward_model(path, encoder, device, flag="--reward-model", new_head=Fal
     if trained and config.num_labels != 1:
         fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
     if not trained and not new_head:
-        fail(f"{flag} {path}: this is {(config.architectures or ['no model that is known'])[0]}, not a reward model: its head would be random; train one with train_rm.py.")
+        kind = (config.architectures or ["no model that is known"])[0]
+        fail(f"{flag} {path} is {kind}, not a reward model: its head would be random; train one with train_rm.py.")
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()               # its table of missing weights: what matters of it is checked below
+    transformers_logging.set_verbosity_error()               # its table of missing weights: checked below
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except NOT_LOADED as error:
         fail(f"{flag} {path}: cannot be loaded as a reward model ({str(error).strip().splitlines()[0]}).")
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(k for k in info["missing_keys"] if trained or not k.startswith("score."))
-    if missing or not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        fail(f"{flag} {path}: " + (f"the checkpoint lacks {missing[0]}, which would be random." if missing else f"{type(model).__name__} has no linear head called score."))
+    if missing:
+        fail(f"{flag} {path}: the checkpoint lacks {missing[0]}, which would be random.")
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        fail(f"{flag} {path}: {type(model).__name__} has no linear head called score.")
     check_vocabulary(model, encoder, f"{flag} {path}")
-    model.config.pad_token_id = encoder.tokenizer.pad_token_id if encoder.tokenizer.pad_token_id is not None else encoder.eos
+    pad_id = encoder.tokenizer.pad_token_id
+    model.config.pad_token_id = encoder.eos if pad_id is None else pad_id
     return model.to(device).eval()
 
 
@@ -838,12 +921,14 @@ def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
 
     measure(model, batch): what is compared, token_logps or reward_scores. At most two completions of a group are used.
 
-    The shortest groups, together in one row, where a state that runs on from tree to tree would show (Mamba); where the
-    model has a sliding window also the shortest group that exceeds it; and the longest, because a model may have a window
-    that its config calls otherwise and that counts by place in the row (GPT-Neo). Returns whether they agree, and says so
+    Each group is one tree, however training would split it (even=∞). The shortest groups, together in one row, where a
+    state that runs on from tree to tree would show (Mamba); where the model has a sliding window also the shortest group
+    that exceeds it; and the longest, since a model may have a window that its config calls otherwise and that counts by
+    place in the row (GPT-Neo). Returns whether they agree, and says so
     in one line where they do not: then the padded path serves, slower but right for any causal LM.
     """
-    two = [Group(g.where, g.prompt, [], prompt_ids=g.prompt_ids, completion_ids=g.completion_ids[:2]) for g in groups if g.completion_ids]
+    two = [Group(g.where, g.prompt, [], prompt_ids=g.prompt_ids, completion_ids=g.completion_ids[:2])
+           for g in groups if g.completion_ids]
     by_size = sorted(two, key=Group.tokens)
     window = getattr(model.config, "sliding_window", None) or math.inf
     short, long = by_size[:3], by_size[3:]
@@ -851,28 +936,28 @@ def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     try:
         worst = 0.0
         for few in [short] + [[g] for g in long]:
-            packed, padded = measure(model, pack(few, row=sum(map(Group.tokens, few)))), measure(model, pad(few))
-            worst = max(worst, (packed - padded).abs().max().item())
+            packed = measure(model, pack(few, row=sum(map(Group.tokens, few)), even=math.inf))
+            worst = max(worst, (packed - measure(model, pad(few))).abs().max().item())
         why = None if worst <= tolerance else f"its numbers differ by {worst:.2g}"
-    except Exception as error:                               # a model that does not take such a mask may fail in any way
+    except Exception as error:                               # a model that takes no such mask may fail in any way
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if why:
-        print(f"packed forward does not work with {type(model).__name__} ({why:.120}): using the padded one, slower and right")
+        print(f"packed forward fails with {type(model).__name__} ({why:.120}): using the padded one, slower and right")
     return why is None
 
 
-# ⑥ sample --------------------------------------------------------------------------------------------------------------
+# ⑥ sample -------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Sample:
     ids: list                                                # with the end token where it ended by itself
-    logps: list                                              # log-probs of those ids at the sampling temperature, before top-p
+    logps: list                                              # their log-probs at the sampling temperature, before top-p
     ended: bool                                              # False: cut at max_new_tokens
 
 
 class RoomyLayer(DynamicLayer):
     """A cache layer that takes room for 64 tokens at a time; transformers' own copies all of itself for every token."""
-    room = None                                              # keys and values (rows, heads, used + free, d); keys, values are views
+    room = None                                              # 2 × (rows, heads, used + free, d); keys, values view it
 
     def update(self, key_states, value_states, *args, **kwargs):
         used, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
@@ -889,33 +974,42 @@ class RoomyLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False, seed=0, cache_tokens=2 ** 17, progress=None):
+def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False, seed=0,
+           cache_tokens=2 ** 17, progress=None):
     """n answers for each prompt (lists of ids) → for each prompt a list of n Samples.
 
     Each prompt is prefilled once and its cache repeated n times; answers that ended leave the batch. Nothing is taken
-    from the checkpoint's generation_config. Sampling inverts the CDF at uniforms that are drawn up front, per prompt and
-    answer: so what is sampled depends neither on the batch that a row shares nor on when its neighbours end.
+    from the checkpoint's generation_config. Sampling inverts the CDF at uniforms that are drawn up front, seeded by the
+    prompt: so what is sampled depends neither on the batch and order of the prompts nor on when others end.
     cache_tokens bounds rows × (prompt + answer) of one batch: memory only.
     """
     if not greedy and not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(f"sampling needs temperature > 0 and 0 < top_p <= 1, not {temperature} and {top_p}; greedy=True is the limit T → 0")
+        raise ValueError(f"sampling needs temperature > 0 and 0 < top_p <= 1, not {temperature} and {top_p}; "
+                         "greedy=True is the limit T → 0")
     device, was_training = next(model.parameters()).device, model.training
     temperature = 1.0 if greedy else temperature
-    uniform = torch.rand(len(prompts), n, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if not prompts:
+        return []
+    uniform, seen = [], Counter()
+    for prompt in prompts:                                   # a prompt has its own numbers, at whatever place it stands
+        seen[key] = seen[(key := str(prompt))] + 1
+        own = int.from_bytes(hashlib.sha256(f"{seed} {key} {seen[key]}".encode()).digest()[:7], "big")
+        uniform.append(torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(own), dtype=torch.float64))
+    uniform = torch.stack(uniform)                           # (P, n, max_new_tokens)
     takes = inspect.signature(model.forward).parameters
     stop = torch.tensor(stops, device=device)
     results = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     bar = tqdm(total=len(prompts) * n, desc=progress, unit="answer", leave=False, disable=None if progress else True)
-    model.eval()                                             # in train mode with gradient checkpointing the cache is dropped, silently
+    model.eval()                                             # train mode with checkpointing silently drops the cache
     try:
         while order:
             width = len(prompts[order[0]])
-            size = 1                                         # as many prompts as the cache has room for, alike in length
+            size = 1                                         # as many prompts, alike in length, as the cache can hold
             while size < len(order) and (size + 1) * n * (len(prompts[order[size]]) + max_new_tokens) <= cache_tokens:
                 size += 1
             batch, order = order[:size], order[size:]
-            width = len(prompts[batch[-1]])                  # filled up on the left, so that all answers begin in one column
+            width = len(prompts[batch[-1]])                  # filled up on the left: all answers begin in one column
             ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -931,7 +1025,7 @@ def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0,
                 extra |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
                 out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
                 logits = out.logits[:, -1].float() / temperature                 # (rows, V)
-                if cache is None:                            # prefill done: each prompt's cache, mask and logits n times
+                if cache is None:                            # prefilled: each prompt's cache, mask and logits n times
                     cache = getattr(out, "past_key_values", None)
                     if cache is None:
                         fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here.")
@@ -948,14 +1042,14 @@ def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0,
                 out_ids[rows, t] = token
                 out_logps[rows, t] = logp.gather(1, token[:, None])[:, 0]
                 done = torch.isin(token, stop)
-                if done.any():                               # finished rows leave: cost follows the tokens that are made
+                if done.any():                               # finished rows leave: cost follows the tokens made
                     length[rows[done]] = t + 1
                     ended[rows[done]] = True
                     stay = (~done).nonzero()[:, 0]
                     bar.update(int(done.sum()))
                     if len(stay) == 0:
                         break
-                    cache.reorder_cache(stay)                # unlike batch_select_indices it also takes linear-attention states
+                    cache.reorder_cache(stay)                # unlike batch_select_indices also for linear attention
                     rows, token, mask, positions = rows[stay], token[stay], mask[stay], positions[stay]
                 ids, positions = token[:, None], positions + 1
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -971,21 +1065,21 @@ def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0,
 
 
 def draw(probs, u, top_p=1.0):
-    """Inverse CDF: the first token at which the cumulative probability exceeds u. probs (n, V), u (n,) in [0, 1) → (n,)."""
+    """Inverse CDF: the first token whose cumulative probability exceeds u. probs (n, V), u (n,) in [0, 1) → (n,)."""
     if top_p < 1:                                            # the smallest set of tokens that holds at least top_p
         p, index = probs.sort(-1, descending=True)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(1, index, p)
-    wide = torch.float32 if probs.device.type == "mps" else torch.float64    # float32 sums over 150,000 tokens lose the tail
+    wide = torch.float32 if probs.device.type == "mps" else torch.float64    # float32 sums of 150,000 lose the tail
     cdf = probs.cumsum(-1, dtype=wide)
     token = torch.searchsorted(cdf, (u.to(wide) * cdf[:, -1])[:, None], right=True)[:, 0]
     return token.clamp(max=probs.shape[1] - 1)
 
 
-# ⑦ length --------------------------------------------------------------------------------------------------------------
+# ⑦ length -------------------------------------------------------------------------------------------------------------
 
 def lowess(x, y, at, frac=0.5):
-    """Locally weighted regression (Cleveland 1979, one pass): the value at each `at` of a line fitted to its nearest points.
+    """Locally weighted regression (Cleveland 1979, one pass): the value at each `at` of a line fitted around it.
 
     x, y (n,), at (a,) → (a,) float64. The nearest frac·n points take part, with tricube weights that end at 0 at the
     farthest of them. Where they all have one x there is no slope to fit, and the value is their mean.
@@ -993,9 +1087,10 @@ def lowess(x, y, at, frac=0.5):
     x, y, at = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y, at))
     distance = (x - at[:, None]).abs()                                           # (a, n)
     reach = distance.kthvalue(min(len(x), max(1, math.ceil(frac * len(x)))), 1).values[:, None]
+    tricube = (1 - (distance / reach.clamp(min=1e-12)).clamp(max=1) ** 3) ** 3
     # A reach of 0: so many points stand right here that no other is needed.
-    weight = torch.where(reach > 0, (1 - (distance / reach.clamp(min=1e-12)).clamp(max=1) ** 3) ** 3, (distance == 0).double())
-    # All n within reach may stand at its edge, where the weight is 0 (two lengths, `at` between them): then all count alike.
+    weight = torch.where(reach > 0, tricube, (distance == 0).double())
+    # All within reach may stand at its edge, where the weight is 0 (two lengths, `at` between): then all count alike.
     weight = torch.where(weight.sum(1, keepdim=True) > 1e-9, weight, (distance <= reach).double())
     weight = weight / weight.sum(1, keepdim=True)
     mean_x, mean_y = weight @ x, weight @ y                                      # (a,)
@@ -1008,8 +1103,8 @@ def lowess(x, y, at, frac=0.5):
 def calibrate(score, length, curve, mean):
     """Scores without what their length explains: score − curve(length) + mean (Huang et al. 2024, arXiv 2409.17407).
 
-    curve: [[length, fitted score], …] by length, config.reward_by_length; mean: config.reward_mean. Between knots straight
-    lines, beyond the ends constant: a line fitted there would be an extrapolation. score, length (n,) → (n,) float64.
+    curve: [[length, fitted score], …] by length, config.reward_by_length; mean: config.reward_mean. Between knots
+    straight lines, beyond the ends constant: a line there would be an extrapolation. score, length (n,) → (n,) float64.
     """
     score, length = (torch.as_tensor(v, dtype=torch.float64) for v in (score, length))
     x, y = torch.tensor(curve, dtype=torch.float64).T.contiguous()               # (knots,) each

@@ -1,33 +1,33 @@
-"""Train a reward model: one number for how good an answer is, learnt from pairs of answers or from ranked lists of them.
+"""Train a reward model: one number for how good an answer is, learnt from pairs of answers or ranked lists of them.
 
     python train_rm.py                                       # 10 seconds on two CPU cores, no network
     python train_rm.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --learning-rate 1e-5
 
-With no flags it trains on the toy of tests/toy (sums) and ends with the share of unseen sums of which it prefers the right one:
-from about 50 % to about 99 %. The loss of a score that says nothing (log 2 = 0.6931) is printed beside that of step 0.
+With no flags it trains on the toy of tests/toy (sums) and ends with the share of unseen sums whose right answer it
+prefers: from about 50 % to about 99 %. Beside the loss of step 0 stands that of a score that says nothing: 0.6931.
 
-Differs from the papers in: the score is read at the last token *by length*, whatever its id, and the head has no bias (a
-constant changes no comparison). The result is a plain AutoModelForSequenceClassification with one label: transformers
-alone gives the same scores on text + EOS, padded right, unless the EOS is also the pad token: then it takes the final EOS for
-padding and reads the token before. Only what goes silently wrong when written twice is in common.py.
+Differs from the papers in: the score is read at the last token *by length*, whatever its id, and the head has no bias
+(a constant changes no comparison). The result is a plain AutoModelForSequenceClassification with one label: plain
+transformers gives the same scores on text + EOS, padded right, unless the EOS is also the pad token: then it takes the
+final EOS for padding and reads the token before. Only what goes silently wrong when written twice is in common.py.
 """
-# --- derivation --------------------------------------------------------------------------------------------------------
+# --- derivation -------------------------------------------------------------------------------------------------------
 #
 # Notation: x prompt, y answer, y_w chosen ("wins"), y_l rejected ("loses"), r(x, y) the score, one real number,
 # r_w = r(x, y_w), r_l = r(x, y_l), h = r_w − r_l, σ(z) = 1 / (1 + e^−z).
 #
-# 1. What people compare. The Bradley–Terry model (an assumption: one scalar utility, the same for all, logistic noise) says
+# 1. What people compare. The Bradley–Terry model (an assumption: one scalar utility for all, logistic noise) says
 #
 #        p(y_w ≻ y_l | x) = e^{r_w} / ( e^{r_w} + e^{r_l} ) = σ( r_w − r_l )                                         (1)
 #        L_BT = −E log σ( h )                                                                                        (2)
 #
-#    Where all scores are equal, h = 0 and L = log 2 = 0.6931. The unit is fixed by the noise: 1 more is 73 %, 3 more 95 %.
+#    Where all scores are equal, h = 0 and L = log 2 = 0.6931. The noise fixes the unit: 1 more is 73 %, 3 more 95 %.
 #
 # 2. Only differences matter. For any function f of the prompt
 #
 #        r'(x, y) = r(x, y) + f(x)   has the same h, the same p and the same L                                       (3)
 #
-#    so rewards come in equivalence classes, and data of comparisons cannot tell their members apart. A raw score therefore
+#    so rewards come in equivalence classes, and comparisons cannot tell their members apart. A raw score therefore
 #    means nothing alone, nor beside another model's, and scores of different prompts compare only as far as the model
 #    happens to put them on one scale. The mean, std and length curve of the training answers are saved for that reason.
 #
@@ -35,7 +35,7 @@ padding and reads the token before. Only what goes silently wrong when written t
 #
 #        ∇L_BT = −σ( −h ) [ ∇ r_w − ∇ r_l ]                                                                          (4)
 #
-#    σ(−h) is the probability that the model gives to the label being wrong: near 1 for pairs ranked the wrong way, near 0
+#    σ(−h) is the probability that the model gives to a wrong label: near 1 for pairs ranked the wrong way, near 0
 #    for settled ones. Nothing stops h on separable data: hence few epochs, or label noise:
 #
 # 4. Labels that are right only with probability p (label smoothing ε: p = 1 − ε; a column p_chosen: each pair's own):
@@ -51,9 +51,9 @@ padding and reads the token before. Only what goes silently wrong when written t
 #
 #        L = −1/n Σ_{i≻j} log σ( r_i − r_j ),        n = K(K−1)/2 without ties                                       (7)
 #
-#    (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, eq. 1.) All pairs of a prompt stay in one batch, for each answer is
+#    (Ouyang et al. 2022, InstructGPT, arXiv 2203.02155, eq. 1.) All pairs of a prompt stay in one batch: each answer is
 #    in K − 1 of them: spread over the steps of an epoch they would be K − 1 passes over the same text, and a reward
-#    model overfits in a second pass. It is also cheaper: K answers in the forward and the prompt once, not K(K−1) answers.
+#    model overfits in a second pass. It is also cheaper: K answers and one prompt in the forward, not K(K−1) answers.
 #    The weight 1/n makes a prompt count as one, however many answers it has. `--loss plackett-luce` reads the list as
 #    successive choices instead, each time the best of those that are left:
 #
@@ -65,19 +65,20 @@ padding and reads the token before. Only what goes silently wrong when written t
 # 6. Centring, `--center-coef c`, picks one member of the class (3): that whose pairs have mean score 0
 #    (Eisenstein et al. 2023, arXiv 2312.09244; mean over pairs):
 #
-#        L + c ( r_w + r_l )²,       gradient 2c ( r_w + r_l ) [ ∇ r_w + ∇ r_l ]                                     (10)
+#        L + c ( r_w + r_l )²,       gradient 2c ( r_w + r_l ) [ ∇ r_w + ∇ r_l ]                                    (10)
 #
-#    It moves r_w + r_l, (4) moves r_w − r_l: the offset is fixed, what is preferred does not change. A large c would still
-#    cost capacity; 0.01 is usual.
+#    It moves r_w + r_l, (4) moves r_w − r_l: the offset is fixed, what is preferred does not change. A large c would
+#    still cost capacity; 0.01 is usual.
 #
-# 7. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists and a confident tone
-#    do so in most data, hence accuracy is reported where the chosen answer is the longer and where it is the shorter, beside
+# 7. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists, a confident tone
+#    do so in most data, hence accuracy is reported where the chosen answer is the longer and where the shorter, beside
 #    that of length alone. Off the data its score is an extrapolation, and an optimiser looks exactly there: the more a
 #    policy is pushed, the more it finds answers that score well and are not good (Goodhart; Gao et al. 2022, arXiv
 #    2210.10760). People agree with each other in 65–75 % of such pairs, so much higher on real data is a leak.
 
-# --- imports -----------------------------------------------------------------------------------------------------------
+# --- imports ----------------------------------------------------------------------------------------------------------
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -90,20 +91,22 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from common import (PAIRS, account, can_pack, fail, lay_out, load_encoder, load_reward_model, lowess, micro_batches, number, plan_steps,
-                    read_groups, reward_scores, split_by_prompt, tokenise)
+from common import (PAIRS, account, can_pack, fail, lay_out, load_encoder, load_reward_model, lowess, micro_batches,
+                    number, pick_device, plan_steps, read_groups, reward_scores, soft_labels, split_by_prompt, tokenise)
 
 TOY = Path(__file__).parent / "tests" / "toy"
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, usage="%(prog)s [--flag value …]  (--help lists the flags)",
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                usage="%(prog)s [--flag value …]  (--help lists the flags)",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # --- shared: flags ---
     g = p.add_argument_group("model and data")
@@ -111,7 +114,7 @@ def parse_args(argv=None):
     g.add_argument("--dataset", default="", help=".json .jsonl .csv .parquet (also .gz) or a hub id")
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this instead of a part of --dataset")
-    g.add_argument("--eval-fraction", type=float, default=0.1, help="share of the prompts held out for evaluation (0 = none)")
+    g.add_argument("--eval-fraction", type=float, default=0.1, help="share of the prompts that is held out (0 = none)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename columns: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which of its two labels")
     g.add_argument("--limit", type=int, default=0, help="only the first N rows (0 = all)")
@@ -125,7 +128,7 @@ def parse_args(argv=None):
     g.add_argument("--max-steps", type=int, default=0, help="optimizer steps; wins over --epochs where > 0")
     g.add_argument("--batch-size", type=int, default=32, help="groups (prompts) per optimizer step: statistics")
     g.add_argument("--micro-batch-tokens", type=int, default=8192, help="tokens per forward: memory, no effect on the result")
-    g.add_argument("--learning-rate", "--lr", type=float, default=0.0, help="peak; the default suits the toy; over 100 M parameters DPO wants about 1e-6, a reward model 1e-5")
+    g.add_argument("--learning-rate", "--lr", type=float, default=0.0, help="peak; suits the toy; over 100 M parameters 1e-6, a reward model 1e-5")
     g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up, to 0")
     g.add_argument("--warmup-steps", type=int, default=-1, help="linear warm-up (< 0: a tenth of the steps)")
     g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
@@ -135,7 +138,7 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=int, default=0, help="of everything that is random")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; auto = bfloat16 on cuda; weights stay float32")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; auto: bfloat16 on cuda; weights: float32")
     # --- end shared ---
     g = p.add_argument_group("reward model")
     g.add_argument("--loss", choices=LOSSES, default="bradley-terry", help="; ".join(f"{k}: {f.__doc__.splitlines()[0]}" for k, f in LOSSES.items()))
@@ -152,6 +155,11 @@ def parse_args(argv=None):
             p.error(f"--{name.replace('_', '-')} must not be negative")
     if not 0 <= args.eval_fraction < 1:
         p.error("--eval-fraction must be in [0, 1)")
+    if not 0 <= args.seed < 2 ** 63:
+        p.error("--seed must be in [0, 2^63)")
+    given = [Path(m).resolve() for m in (args.model, getattr(args, "ref_model", None)) if m]
+    if Path(args.output_dir).resolve() in given:
+        p.error("--output-dir is where the starting model or the reference lies, and would replace it: choose another")
     # --- end shared ---
     if not 0 <= args.label_smoothing < 0.5:
         p.error("--label-smoothing must be in [0, 0.5): from 0.5 on the labels say nothing")
@@ -162,12 +170,12 @@ def parse_args(argv=None):
     return args
 
 
-# --- the algorithm: pure functions ---------------------------------------------------------------------------------------
-# Shapes: B groups (prompts), K answers in the largest of them (pairs: 2), N answers in all. Scores and losses are float32.
+# --- the algorithm: pure functions ------------------------------------------------------------------------------------
+# Shapes: B groups (prompts), K answers in the largest of them (pairs: 2), N in all. Scores and losses are float32.
 
 class Lists(NamedTuple):
     rewards: torch.Tensor                                    # (B, K)    r(x, y), 0 where a group has fewer answers
-    better: torch.Tensor                                     # (B, K, K) True at [b, i, j]: answer i of group b is better than j
+    better: torch.Tensor                                     # (B, K, K) True at [b, i, j]: answer i is better than j
     p: torch.Tensor                                          # (B,)      probability that the labels are right
     margin: torch.Tensor                                     # (B,)      by how much the better one is better
 
@@ -182,7 +190,8 @@ def bradley_terry(lists):
 
     With margins, label smoothing and soft labels; mean over prompts. Returns (B,).
     """
-    assert lists.better.shape == (*lists.rewards.shape, lists.rewards.shape[1]) and lists.p.shape == lists.margin.shape == lists.rewards.shape[:1]
+    B, K = lists.rewards.shape
+    assert lists.better.shape == (B, K, K) and lists.p.shape == lists.margin.shape == (B,)
     h = lists.rewards[:, :, None] - lists.rewards[:, None, :]                                        # (B, K, K)
     p, m = lists.p[:, None, None], lists.margin[:, None, None]                                       # (B, 1, 1)
     return over_pairs(-p * F.logsigmoid(h - m) - (1 - p) * F.logsigmoid(-h - m), lists.better)       # (B,)  (6) (7)
@@ -202,7 +211,7 @@ LOSSES = {"bradley-terry": bradley_terry, "plackett-luce": plackett_luce}
 
 
 def pairs_of(group):
-    """The pairs (i, j) of a group in which answer i is better than j: not in ties, nor where cutting left the same ids."""
+    """The pairs (i, j) of a group in which answer i is better than j: no ties, nor where cutting left the same ids."""
     scores, ids = group.row.get("scores", (1, 0)), group.completion_ids           # in a pair the chosen one comes first
     return [(i, j) for i in range(len(ids)) for j in range(len(ids)) if scores[i] > scores[j] and ids[i] != ids[j]]
 
@@ -221,12 +230,14 @@ def micro_loss(rewards, groups, args):
     device = rewards.device
     r = pad_sequence(rewards.split([len(g.completion_ids) for g in groups]), batch_first=True)       # (B, K)
     better = torch.zeros(*r.shape, r.shape[1], dtype=torch.bool, device=device)                      # (B, K, K)
-    better[tuple(torch.tensor([(b, i, j) for b, g in enumerate(groups) for i, j in pairs_of(g)], device=device).T)] = True
+    places = [(b, i, j) for b, g in enumerate(groups) for i, j in pairs_of(g)]
+    better[tuple(torch.tensor(places, device=device).T)] = True
     p = torch.tensor([float(g.row.get("p_chosen", 1 - args.label_smoothing)) for g in groups], device=device)
     margin = torch.tensor([float(g.row.get("margin", 0)) for g in groups], device=device)
     losses = LOSSES[args.loss](Lists(r, better, p, margin))                                          # (B,)
     if args.center_coef:
-        losses = losses + args.center_coef * over_pairs((r[:, :, None] + r[:, None, :]) ** 2, better)        # (B,)  (10)
+        total = r[:, :, None] + r[:, None, :]                                                        # (B, K, K)
+        losses = losses + args.center_coef * over_pairs(total ** 2, better)                          # (B,)  (10)
     with torch.no_grad():
         chosen, rejected = r[:, :, None].expand(better.shape), r[:, None, :].expand(better.shape)    # (B, K, K)
         each = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
@@ -241,13 +252,13 @@ def means(sums, groups):
     return {k: v / len(groups) for k, v in sums.items()}
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def score_groups(model, groups, args, packed, autocast, progress):
     """Scores of the answers of all groups, in their order: [K floats, …]."""
-    by_group = {}
-    for micro in tqdm(micro_batches(groups, args.micro_batch_tokens, packed), desc=progress, unit="batch", leave=False, disable=None):
+    by_group, micros = {}, micro_batches(groups, args.micro_batch_tokens, packed)
+    for micro in tqdm(micros, desc=progress, unit="batch", leave=False, disable=None):
         with autocast:
             values = iter(forward(model, micro, packed).tolist())
         by_group |= {id(g): [next(values) for _ in g.completion_ids] for g in micro}
@@ -261,9 +272,9 @@ def correlation(x, y):
 
 
 def evaluate(groups, scores, args):
-    """What the scores ([K floats, …]) of a split are worth, exactly: counts over all of its pairs, never a mean of batch means.
+    """What the scores ([K floats, …]) of a split are worth: counts over all of its pairs, never a mean of batch means.
 
-    eval/ece: expected calibration error of σ(h) in ten bins. Every pair is taken both ways round (h with label 1, −h with
+    eval/ece: expected calibration error of σ(h) in ten bins. Every pair is taken both ways (h with label 1, −h with
     label 0), for with the chosen one always first the label would say nothing. The two ways mirror each other, so five
     bins over the probability of the preferred side, 0.5 to 1, hold the same number.
     eval/length_accuracy: what the better of "the longer wins" and "the shorter wins" gets right, without any model.
@@ -275,16 +286,19 @@ def evaluate(groups, scores, args):
         first.append(first[-1] + len(g.completion_ids))
     pairs = [(first[b] + i, first[b] + j, b) for b, g in enumerate(groups) for i, j in pairs_of(g)]
     w, l, owner = torch.tensor(pairs).T                      # (P,) each                                   # noqa: E741
-    h, longer = rewards[w] - rewards[l], 0.5 * (1 + (length[w] - length[l]).sign())                  # (P,), 0.5 = as long
+    h = rewards[w] - rewards[l]                              # (P,)
+    longer = 0.5 * (1 + (length[w] - length[l]).sign())      # (P,) 0.5 = as long
     right, n = 0.5 * (1 + h.sign()), len(h)                  # (P,) ties half
     accuracy = right.mean()
     result = {f"eval/{k}": v for k, v in means(micro_loss(rewards, groups, args)[1], groups).items()}
     result |= {"eval/n": n, "eval/rewards/accuracies": accuracy.item()}
-    # Pairs of one list are not independent: the error is that of a ratio of sums over groups. For single pairs √(p(1−p)/n).
-    result["eval/accuracy_se"] = torch.zeros(len(groups), dtype=torch.float64).index_add(0, owner, right - accuracy).norm().item() / n
+    # Pairs of one list are not independent: the error of a ratio of sums over groups. For single pairs √(p(1−p)/n).
+    by_group = torch.zeros(len(groups), dtype=torch.float64).index_add(0, owner, right - accuracy)
+    result["eval/accuracy_se"] = by_group.norm().item() / n
     sure = torch.sigmoid(h.abs())                            # (P,) in [0.5, 1]
     gaps = torch.zeros(5, dtype=torch.float64).index_add(0, ((sure - 0.5) * 10).long().clamp(max=4), right - sure)
-    result |= {"eval/ece": gaps.abs().sum().item() / n, "eval/score_mean": rewards.mean().item(), "eval/score_std": rewards.std(correction=0).item()}
+    result |= {"eval/ece": gaps.abs().sum().item() / n,
+               "eval/score_mean": rewards.mean().item(), "eval/score_std": rewards.std(correction=0).item()}
     if (c := correlation(rewards, length)) is not None:
         result["eval/length_correlation"] = c
     for name, these in (("longer", right[longer == 1]), ("shorter", right[longer == 0])):
@@ -297,26 +311,30 @@ def evaluate(groups, scores, args):
 
 def eval_line(step, result, expected=None):
     """Two lines for the terminal; expected: the loss of a score that says nothing."""
-    percent = lambda key: f"{100 * result[key]:.1f} %" if key in result else "–"  # noqa: E731
-    return (f"step {step}: eval loss {result['eval/loss']:.4f}" + (f" ({expected:.4f} if all scores were equal)" if expected else "")
-            + f", accuracy {100 * result['eval/rewards/accuracies']:.1f} ± {100 * result['eval/accuracy_se']:.1f} % of {result['eval/n']:,} pairs"
-            f", margin {result['eval/rewards/margins']:.3f}, ECE {result['eval/ece']:.3f}"
-            f", scores {result['eval/score_mean']:.2f} ± {result['eval/score_std']:.2f}\n"
-            f"  length: alone it gets {percent('eval/length_accuracy')}; accuracy {percent('eval/accuracy_longer')} where the chosen answer "
-            f"is the longer ({result['eval/n_longer']:,}), {percent('eval/accuracy_shorter')} where the shorter ({result['eval/n_shorter']:,}); "
-            f"correlation with the score {result.get('eval/length_correlation', math.nan):.2f}")
+    r = {k.removeprefix("eval/"): v for k, v in result.items()}
+    percent = lambda key: f"{100 * r[key]:.1f} %" if key in r else "–"  # noqa: E731
+    nothing = f" ({expected:.4f} if all scores were equal)" if expected else ""
+    return (f"step {step}: eval loss {r['loss']:.4f}{nothing}"
+            f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} % of {r['n']:,} pairs"
+            f", margin {r['rewards/margins']:.3f}, ECE {r['ece']:.3f}"
+            f", scores {r['score_mean']:.2f} ± {r['score_std']:.2f}\n"
+            f"  length: alone it gets {percent('length_accuracy')}"
+            f"; accuracy {percent('accuracy_longer')} where the chosen answer is the longer ({r['n_longer']:,})"
+            f", {percent('accuracy_shorter')} where the shorter ({r['n_shorter']:,})"
+            f"; correlation with the score {r.get('length_correlation', math.nan):.2f}")
 
 
-# --- the run directory -------------------------------------------------------------------------------------------------
+# --- the run directory ------------------------------------------------------------------------------------------------
 # --- shared: run directory ---
 
 def lr_at(step, steps, args):
-    """Learning rate of update `step` (from 0) of `steps`: linear warm-up, then the schedule; it would be 0 at update `steps`."""
+    """Learning rate of update `step` (from 0): linear warm-up, then the schedule, which would be 0 at `steps`."""
     warmup = args.warmup_steps if args.warmup_steps >= 0 else steps // 10
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)          # 0 … 1
-    return args.learning_rate * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_schedule]
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return args.learning_rate * decay[args.lr_schedule]
 
 
 def save_checkpoint(folder, model, optimizer, step):
@@ -340,41 +358,65 @@ def save_checkpoint(folder, model, optimizer, step):
 def load_checkpoint(folder, model, optimizer):
     """Restores model and optimizer from the newest checkpoint in folder and returns its number of updates."""
     newest = max(folder.glob("step-*"), key=lambda f: int(f.name[5:]))
-    weights = load_file(newest / "weights.safetensors")
+    try:
+        weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        fail(f"--resume: the checkpoint {newest} cannot be read ({error}).")
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(weights[n])
     state = {}
-    for key, value in load_file(newest / "optimizer.safetensors").items():
+    for key, value in moments.items():
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(newest.name[5:])
 
 
-def open_run(args):
-    """Makes the run directory → (folder, updates already done). --resume: the flags that shape the result must be the same."""
+def open_run(args, groups, steps):
+    """Makes the run directory → (folder, updates already done, whether the model was evaluated at that point).
+
+    --resume: the flags that shape the result and the tokens of all groups must be those of the start. A new run moves
+    what an earlier one left to old/ (one generation): nothing of it can pass for the new one's.
+    """
     out = Path(args.output_dir)
-    free = {"resume", "output_dir", "max_steps", "epochs", "eval_every", "eval_samples", "save_every", "micro_batch_tokens", "device"}
+    free = {"resume", "output_dir", "max_steps", "epochs", "eval_every", "eval_samples", "save_every",
+            "micro_batch_tokens", "device"}
     done = max((int(f.name[5:]) for f in out.glob("checkpoint/step-*")), default=None)
+    data = hashlib.sha256(json.dumps([(g.prompt_ids, g.completion_ids) for g in groups]).encode()).hexdigest()
     if args.resume:
         if done is None:
             fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
-        before = json.loads((out / "args.json").read_text())
+        if done > steps:
+            fail(f"--resume: the checkpoint is after step {done}, but --max-steps and --epochs end this run at {steps}.")
+        try:
+            before = json.loads((out / "args.json").read_text())
+            lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]          # the last one may be half written
+            # What came after the checkpoint will be done again.
+            lines = [line for line in map(json.loads, lines) if line["step"] <= done]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"--resume: args.json or metrics.jsonl in {out} cannot be read ({error}).")
         for key, value in vars(args).items():
             if key not in free and before.get(key) != value:
                 fail(f"--resume: this run began with --{key.replace('_', '-')} {before.get(key)}, not {value}.")
-        lines = [line for line in (out / "metrics.jsonl").read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= done]
-        (out / "metrics.jsonl").write_text("".join(lines))   # what came after the checkpoint will be done again
-    else:
+        if before.get("data_sha256") != data:
+            fail("--resume: the rows of --dataset or --eval-dataset, or their tokens, are not those of this run's start.")
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return out, done, any(line["step"] == done and "eval/n" in line for line in lines)
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        if done is not None:                                 # never delete somebody's work, never resume from it by mistake
-            shutil.rmtree(out / "checkpoint-old", ignore_errors=True)
-            os.replace(out / "checkpoint", out / "checkpoint-old")
-            print(f"{out}: the checkpoint of an earlier run is kept in checkpoint-old")
+        if (out / "args.json").exists():
+            shutil.rmtree(out / "old", ignore_errors=True)
+            (out / "old").mkdir()
+            patterns = ("*.json", "*.jsonl", "*.jinja", "*.safetensors", "*.model", "checkpoint")
+            for file in [f for pattern in patterns for f in out.glob(pattern)]:
+                os.replace(file, out / "old" / file.name)
+            print(f"{out}: an earlier run was here; it is kept in {out / 'old'}")
         (out / "metrics.jsonl").write_text("")
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-    return out, done if args.resume else 0
+        (out / "args.json").write_text(json.dumps(vars(args) | {"data_sha256": data}, indent=1) + "\n")
+    except OSError as error:
+        fail(f"--output-dir {out}: cannot be written ({error}).")
+    return out, 0, False
 
 
 def save_model(out, model, tokenizer):
@@ -408,24 +450,22 @@ def catch_signals():
 
 # --- end shared ---
 
-# --- main --------------------------------------------------------------------------------------------------------------
+# --- main -------------------------------------------------------------------------------------------------------------
 
 def load_data(source, args, encoder, what):
     """Rows → tokenised groups; prints what was kept and dropped, and one example with its border."""
     groups, report = read_groups(source, PAIRS + ("ranked list",), args.split, args.columns, args.limit, args.prefer,
                                  why=" (a reward is learnt from comparisons of answers to the same prompt)")
     for g in groups:
-        if g.row.get("margin", "") in (None, ""):            # this pair has none: 0, and no other pair's margin moves up
+        if g.row.get("margin", "") in (None, ""):            # this one has none: 0, and no other's margin moves up
             g.row.pop("margin", None)
         for column in {"p_chosen", "margin"} & set(g.row):
             if report.kind == "ranked list" or args.loss == "plackett-luce":
-                fail(f"{g.where}: column '{column}' belongs to a pair under --loss bradley-terry; --columns unused={column} takes it away.")
-        if "p_chosen" in g.row:
-            if args.label_smoothing:
-                fail(f"{g.where}: rows with p_chosen carry their own label noise; drop --label-smoothing.")
-            g.row["p_chosen"] = number(g.row, "p_chosen", g.where, 0, 1)
+                fail(f"{g.where}: column '{column}' belongs to a pair under --loss bradley-terry; "
+                     f"--columns unused={column} takes it away.")
         if "margin" in g.row and number(g.row, "margin", g.where) < 0:
-            fail(f"{g.where}: column 'margin' is {g.row['margin']!r:.60}: below 0 the rejected answer would be the better one.")
+            fail(f"{g.where}: column 'margin' is {g.row['margin']!r:.60}: below 0 the rejected answer would be better.")
+    soft_labels(groups, args.label_smoothing)
     if args.max_length > encoder.max_positions:
         print(f"--max-length {args.max_length} is lowered to {encoder.max_positions}, the positions that the model has")
         args.max_length = encoder.max_positions
@@ -438,24 +478,26 @@ def load_data(source, args, encoder, what):
         fail(f"{source}: no rows are left; the line above says why.")
     print(encoder.show(groups[0]))
     if encoder.tokenizer.chat_template and isinstance(groups[0].prompt, str) and not args.chat:
-        print("  the tokeniser has a chat template, but these prompts are plain text and stay so (--chat makes them user turns)")
+        print("  the tokeniser has a chat template, but these prompts stay plain text (--chat makes them user turns)")
     return groups
 
 
 def note_statistics(config, groups, scores):
-    """Mean, std and length curve of the scores into the config: what score.py and GRPO put scores of different models, and of
-    answers of different lengths, on one scale with."""
+    """Mean, std and length curve of the scores into the config: with them score.py and GRPO put on one scale the scores
+    of different models and of answers of different lengths."""
     rewards = torch.tensor([s for group in scores for s in group], dtype=torch.float64)
     length = torch.tensor([len(ids) for g in groups for ids in g.completion_ids], dtype=torch.float64)
-    knots = sorted(set(length.quantile(torch.linspace(0, 1, 50, dtype=torch.float64), interpolation="nearest").tolist()))
+    shares = torch.linspace(0, 1, 50, dtype=torch.float64)
+    knots = sorted(set(length.quantile(shares, interpolation="nearest").tolist()))
+    curve = lowess(length, rewards, torch.tensor(knots)).tolist()
     config.reward_mean, config.reward_std = rewards.mean().item(), rewards.std(correction=0).item()
-    config.reward_by_length = [[int(x), y] for x, y in zip(knots, lowess(length, rewards, torch.tensor(knots)).tolist())]
+    config.reward_by_length = [[int(x), y] for x, y in zip(knots, curve)]
 
 
 def main(argv=None):
     args = parse_args(argv)
     # --- setup
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     encoder = load_encoder(args.model, args.chat_template, args.chat)
@@ -467,31 +509,35 @@ def main(argv=None):
     else:
         train, held_out = split_by_prompt(train, args.eval_fraction, args.seed)
     steps = plan_steps(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
-    out, start = open_run(args)
+    out, start, evaluated = open_run(args, train + held_out, len(steps))
+    due = lambda step: step in (0, len(steps)) or args.eval_every and step % args.eval_every == 0  # noqa: E731
 
     torch.manual_seed(args.seed)                             # a new head is a function of the seed
     model = load_reward_model(args.model, encoder, device, "--model", new_head=True)
     if encoder.tokenizer.pad_token_id is None:               # transformers needs one to score a batch
         encoder.tokenizer.pad_token_id = model.config.pad_token_id
     packed, size = can_pack(model, train, reward_scores), sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=args.weight_decay, fused=device.type != "mps")
     if start:
         start = load_checkpoint(out / "checkpoint", model, optimizer)
     padded = sum(len(g.completion_ids) * max(len(g.prompt_ids) + len(c) for g in b for c in g.completion_ids)
                  for b in ([train[i] for i in s] for s in steps) for g in b)
     shared = sum(train[i].tokens() for s in steps for i in s)
-    print(f"{size / 1e6:.2f} M parameters on {device} in {args.dtype}; {len(train):,} groups to train on, {len(held_out):,} held out; {len(steps):,} steps of {args.batch_size}, "
+    print(f"{size / 1e6:.2f} M parameters on {device} in {args.dtype}; "
+          f"{len(train):,} groups to train on, {len(held_out):,} held out; {len(steps):,} steps of {args.batch_size}, "
           f"{shared / len(steps):,.0f} tokens each (padded batches would compute {padded / shared:.1f} times as many)")
     if size > 1e8 and args.learning_rate >= 1e-4:
-        print(f"note: --learning-rate {args.learning_rate:g} suits the toy; reward models of this size are usually trained with 5e-6 to 2e-5")
+        print(f"note: --learning-rate {args.learning_rate:g} suits the toy; for this size 5e-6 to 2e-5 is usual")
 
     def look(step):
         """Evaluates, writes to metrics.jsonl; beside step 0 the loss of a score that says nothing (log 2 for pairs)."""
-        log(out, step, result := evaluate(held_out, score_groups(model, held_out, args, packed, autocast, "evaluate"), args))
+        result = evaluate(held_out, score_groups(model, held_out, args, packed, autocast, "evaluate"), args)
+        log(out, step, result)
         nothing = [[0.0] * len(g.completion_ids) for g in held_out]
         tqdm.write(eval_line(step, result, evaluate(held_out, nothing, args)["eval/loss"] if step == 0 else None))
-    if held_out and not start:
-        look(0)
+    if held_out and due(start) and not evaluated:
+        look(start)
 
     # --- loop
     stopped = catch_signals()
@@ -509,37 +555,42 @@ def main(argv=None):
             sums.update(micro_sums)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
         if not torch.isfinite(grad_norm):
-            fail(f"step {step + 1}: the gradient is not finite (rows: {', '.join(g.where for g in groups[:3])} …); try a lower --learning-rate.")
+            rows = ", ".join(g.where for g in groups[:3])
+            fail(f"step {step + 1}: the gradient is not finite (rows: {rows} …); try a lower --learning-rate.")
         optimizer.step()
-        metrics = means(sums, groups) | {"grad_norm": grad_norm.item(), "learning_rate": lr_at(step, len(steps), args),
-                                         "tokens_per_second": sum(g.tokens() for g in groups) / (time.perf_counter() - began)}
+        metrics = means(sums, groups)
+        metrics |= {"grad_norm": grad_norm.item(), "learning_rate": lr_at(step, len(steps), args),
+                    "tokens_per_second": sum(g.tokens() for g in groups) / (time.perf_counter() - began)}
         log(out, step + 1, metrics)
         shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "tok/s": "tokens_per_second"}
         bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in shown.items() if v in metrics}, refresh=False)
         last = step + 1 == len(steps)
-        if held_out and not stopped and (last or args.eval_every and (step + 1) % args.eval_every == 0):
-            look(step + 1)
         if last or stopped or args.save_every and (step + 1) % args.save_every == 0:
             save_checkpoint(out / "checkpoint", model, optimizer, step + 1)
+        if held_out and due(step + 1):
+            look(step + 1)
         if stopped and not last:
             bar.close()
             print(f"stopped after step {step + 1} of {len(steps)}; --resume goes on from there")
             raise SystemExit(130)
 
     # --- save
-    # In its first pass every batch is unseen when it is scored, so that accuracy is an honest one; a repeated one is not.
+    # In its first pass every batch is unseen when it is scored: that accuracy is an honest one, a repeated one is not.
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     done = [(m["rewards/accuracies"], len(steps[m["step"] - 1])) for m in lines if "loss" in m]      # one entry a step
     once = math.ceil(len(train) / args.batch_size)           # steps of a pass
-    for name, part in (("first pass (each batch before it was trained on)", done[:once]), ("repeated passes", done[once:])):
+    parts = {"first pass (each batch before it was trained on)": done[:once], "repeated passes": done[once:]}
+    for name, part in parts.items():
         if n := sum(k for _, k in part):
             print(f"training accuracy, {name}: {100 * sum(a * k for a, k in part) / n:.1f} % of {n:,} groups")
-    some = [train[i] for i in dict.fromkeys(i for s in steps for i in s)][:5000]         # a random sample; more would change nothing
+    # Statistics of a random sample: more answers would change nothing.
+    some = [train[i] for i in dict.fromkeys(i for s in steps for i in s)][:5000]
     note_statistics(model.config, some, score_groups(model, some, args, packed, autocast, "statistics"))
     save_model(out, model, encoder.tokenizer)
     if any(ids[-1] == model.config.pad_token_id for g in some for ids in g.completion_ids):
-        print(f"note: the answers' end token is also the pad token ({encoder.tokenizer.pad_token}): these scripts read the score at the end token, "
-              "plain transformers takes it for padding, reads the token before and gives other scores")
+        print(f"note: the answers' end token is also the pad token ({encoder.tokenizer.pad_token}): "
+              "these scripts read the score at the end token, plain transformers takes it for padding, "
+              "reads the token before and gives other scores")
     print(f"saved in {out}: model, args.json, metrics.jsonl, checkpoint/; "
           f"scores of the training answers: {model.config.reward_mean:.3f} ± {model.config.reward_std:.3f}")
 

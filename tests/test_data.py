@@ -591,6 +591,15 @@ def test_a18_the_mark_itself_is_refused(refuses):
         encode(letters(template=CHAT), [ask(f"a{MARK}</s>")], "yes")
 
 
+def test_text_that_is_none_and_columns_of_one_name_are_refused(data, refuses, tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"prompt": "a", "chosen": "2\\ud83d", "rejected": "3"}\n')
+    with refuses("line 1", "'chosen'", "surrogate"):
+        read_groups(str(tmp_path / "s.jsonl"), PAIRS)
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
+    with refuses("line 1", "'chosen'"):
+        read_groups(str(tmp_path / "d.csv"), PAIRS)
+
+
 def test_further_keys_of_messages_reach_the_template_and_are_never_lost(data, refuses):
     named = {**ask("u"), "name": "Ann", "tool_calls": None}  # Parquet fills in None where a message lacks a key
     (group,), _ = read_groups(data([{"prompt": [named], "chosen": [say("y")], "rejected": [say("n")]}]), PAIRS)
@@ -606,6 +615,7 @@ def test_a20_split_by_prompt(fraction, held_out):
     groups = [Group("", p, [str(k), "x"]) for k in range(3) for p in [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]]
     names = lambda gs: {json.dumps(g.prompt) for g in gs}  # noqa: E731
     train, rest = split_by_prompt(groups, fraction, seed=0)
+    assert len(split_by_prompt(groups[:1] * 3, fraction, seed=0)[0]) == 3        # the only prompt is trained on
     assert len(names(rest)) == held_out and len(rest) == 3 * held_out and len(train) == 30 - len(rest) and not names(train) & names(rest)
     assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)          # the order of the rows is nothing to it
     assert held_out == 0 or len({str(names(split_by_prompt(groups, fraction, seed)[1])) for seed in range(20)}) > 5

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
@@ -56,7 +56,7 @@ def objective(policy):
     return (policy * REWARD).sum() - BETA * (policy * (policy / REF).log()).sum()        # (1)
 
 
-def test_eq2_objective_is_minus_beta_kl_to_the_optimum_plus_constant():
+def test_eq1_eq2_objective_is_minus_beta_kl_to_the_optimum_plus_constant():
     for seed in range(5):
         policy = torch.rand(4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(0)
         kl = (policy * (policy / BEST).log()).sum()
@@ -78,6 +78,16 @@ def test_eq3_closed_form_is_the_maximum():
 
 def test_eq4_reward_is_the_log_ratio_up_to_a_constant():
     assert torch.allclose(BETA * (BEST / REF).log() + BETA * Z.log(), REWARD)
+
+
+def test_eq5_eq6_the_partition_function_cancels():
+    """P(y_w ≻ y_l) from the rewards is σ(β h) of the optimal policy, h from log-probs alone."""
+    for w in range(4):
+        for l in range(4):
+            h = (BEST[w] / REF[w]).log() - (BEST[l] / REF[l]).log()
+            assert torch.sigmoid(REWARD[w] - REWARD[l]).item() == pytest.approx(torch.sigmoid(BETA * h).item(), abs=1e-12)
+            pair = Pairs(*(x.log()[None].float() for x in (BEST[w], BEST[l], REF[w], REF[l])), torch.ones(1))
+            assert dpo(pair, BETA).item() == pytest.approx(-torch.sigmoid(BETA * h).log().item(), abs=1e-5)
 
 
 def test_eq7_dpo_on_all_pairs_reaches_the_closed_form_optimum():
@@ -234,7 +244,7 @@ def test_b6_every_option_changes_loss_and_gradient():
     assert len({round(a, 6) for a, _ in seen}) == len({round(b, 7) for _, b in seen}) == 4
 
 
-def test_b7_sft_coef_zero_is_dpo_and_adds_the_mean_token_nll_of_chosen():
+def test_eq10_b7_sft_coef_zero_is_dpo_and_adds_the_mean_token_nll_of_chosen():
     _, groups = toy_groups()
     policy = torch.linspace(-9, -1, 16).requires_grad_()
     loss = {c: micro_loss(policy, groups, train_dpo.parse_args(["--sft-coef", str(c)]))[0] for c in (0.0, 0.5)}
@@ -378,7 +388,19 @@ def test_resume_refuses_other_flags_and_a_new_run_keeps_the_old_checkpoint(strai
     run(tmp_path, "--max-steps", 2)
     assert "--beta 0.1, not 0.2" in refused(capsys, "--output-dir", tmp_path, "--limit", 300, "--batch-size", 16, "--resume", "--beta", 0.2)
     run(tmp_path, "--max-steps", 1)
-    assert (tmp_path / "checkpoint-old/step-2").is_dir() and (tmp_path / "checkpoint/step-1").is_dir()
+    assert "kept in" in capsys.readouterr().out
+    old = tmp_path / "old"
+    assert (old / "checkpoint/step-2").is_dir() and len(metrics(old)) == 4 and (old / "model.safetensors").exists() and (old / "args.json").exists()
+    assert (tmp_path / "checkpoint/step-1").is_dir() and not (tmp_path / "old/ref_logps").exists()
+    (tmp_path / "p.jsonl").write_text("".join((TOY / "pairs.jsonl").read_text().splitlines(True)[:200]))
+    flags = ("--output-dir", tmp_path / "p", "--dataset", tmp_path / "p.jsonl", "--batch-size", 16, "--eval-samples", 8)
+    main(list(map(str, [*flags, "--max-steps", 3])))
+    assert "after step 3" in refused(capsys, *flags, "--max-steps", 2, "--resume")
+    assert "--output-dir" in refused(capsys, *flags, "--model", tmp_path / "p")          # the reference would be what is trained
+    (tmp_path / "p.jsonl").write_text("".join((TOY / "pairs.jsonl").read_text().splitlines(True)[1:201]))
+    assert "--dataset" in refused(capsys, *flags, "--max-steps", 4, "--resume")          # other rows: another plan, another split
+    (tmp_path / "p/args.json").write_text("{")
+    assert "args.json" in refused(capsys, *flags, "--max-steps", 4, "--resume")
     assert "no checkpoint" in refused(capsys, "--output-dir", tmp_path / "none", "--resume", "--limit", 50)
 
 
@@ -414,6 +436,21 @@ def straight_copy(folder):
     return folder / "other"
 
 
+def test_models_that_cannot_be_a_policy_are_refused(tmp_path, capsys):
+    tokenizer, model = AutoTokenizer.from_pretrained(TOY / "model"), tmp_path / "m"
+    AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1).save_pretrained(model)      # embeddings tied: no weight is missing
+    tokenizer.save_pretrained(model)
+    flags = ("--model", model, "--output-dir", tmp_path / "o", "--limit", 50)
+    assert "reward model" in refused(capsys, *flags)
+    AutoModelForCausalLM.from_pretrained(TOY / "model").save_pretrained(model)
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:1000])
+    assert "cannot be loaded" in refused(capsys, *flags)
+    (model / "generation_config.json").write_text("{")
+    assert "generation_config.json" in refused(capsys, *flags)
+    (tmp_path / "file").write_text("x")
+    assert "--output-dir" in refused(capsys, "--output-dir", tmp_path / "file" / "x", "--limit", 50)
+
+
 def test_b17_a_bfloat16_checkpoint_is_trained_in_float32(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
@@ -428,11 +465,15 @@ def test_d4_every_tensor_changes(straight):
     assert all(not torch.equal(before[k], after[k]) for k in before)
 
 
-def test_sft_learns_from_responses_and_from_pairs(tmp_path):
+def test_eq11_sft_learns_from_responses_and_from_pairs(tmp_path, capsys):
     rows = [{"prompt": [{"role": "user", "content": f"{i}+1"}], "response": [{"role": "assistant", "content": "yes"}]} for i in range(40)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = run(tmp_path / "a", "--loss", "sft", "--dataset", tmp_path / "r.jsonl", "--max-steps", 10)
     assert lines[-1]["eval/loss"] < lines[0]["eval/loss"] / 2
+    rows = [{"prompt": f"{i}+1", "completion": "yes", "label": i % 4 > 0} for i in range(40)]
+    (tmp_path / "u.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run(tmp_path / "u", "--loss", "sft", "--dataset", tmp_path / "u.jsonl", "--chat", "--max-steps", 1)
+    assert "kept 30" in (said := capsys.readouterr().out) and "10 with label false" in said           # what is bad is not imitated
     lines = run(tmp_path / "b", "--loss", "sft", "--max-steps", 5)
     assert lines[0]["eval/loss"] < 2 and "rewards/margins" not in lines[1]
 
@@ -442,6 +483,16 @@ def test_soft_labels_from_the_data(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = run(tmp_path / "out", "--dataset", tmp_path / "p.jsonl", "--max-steps", 3)
     assert lines[1]["grad_norm"] < 1e-4                      # p = 1/2 is least at h = 0: nothing to learn (8)
+    sure = [dict(r, p_chosen=0.9) for r in rows]
+    turned = [dict(r, chosen=r["rejected"], rejected=r["chosen"], p_chosen=0.1) if i % 2 else r for i, r in enumerate(sure)]
+    runs = []
+    for name, those in (("sure", sure), ("turned", turned)):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in those))
+        runs.append(run(tmp_path / name, "--dataset", tmp_path / "p.jsonl", "--max-steps", 3))
+    assert "50 pairs have p_chosen below 1/2" in capsys.readouterr().out
+    for a, b in zip(*runs):                                  # the same labels, said the other way round
+        for k in a.keys() - {"tokens_per_second"}:
+            assert a[k] == pytest.approx(b[k], abs=2e-4), k
     rows[7]["p_chosen"] = 1.5
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert "line 8" in (said := refused(capsys, "--dataset", tmp_path / "p.jsonl", "--output-dir", tmp_path / "o")) and "p_chosen" in said
@@ -460,6 +511,8 @@ def test_soft_labels_from_the_data(tmp_path, capsys):
     (["--dataset", "nothing.jsonl"], ["nothing.jsonl"]),
     (["--dataset", str(TOY / "prompts.jsonl")], ["prompts.jsonl", "chosen"]),
     (["--max-length", "4"], ["pairs.jsonl", "no rows"]),
+    (["--beta", "nan"], ["--beta"]), (["--sft-coef", "-1"], ["--sft-coef"]), (["--seed", str(2 ** 63)], ["--seed"]),
+    (["--device", "foo"], ["--device foo"]), (["--device", "cuda:99"], ["--device cuda:99"]),
 ])
 def test_bad_input_ends_in_one_sentence(flags, words, capsys, tmp_path):
     said = refused(capsys, *flags, "--output-dir", tmp_path / "out")

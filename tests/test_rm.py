@@ -51,6 +51,11 @@ def lists(rewards, scores=None, p=1.0, margin=0.0):
 
 # --- the derivation, equation by equation ---------------------------------------------------------------------------------
 
+def test_eq1_bradley_terry_is_a_softmax_over_two_scores():
+    w, l = torch.tensor([2.0, -1.0, 0.3], dtype=torch.float64), torch.tensor([1.0, 4.0, 0.3], dtype=torch.float64)
+    assert torch.allclose(bradley_terry(lists(torch.stack([w, l], 1))), -(w.exp() / (w.exp() + l.exp())).log())
+
+
 def test_eq2_loss_is_log2_where_scores_are_equal():
     for p in (1.0, 0.9, 0.3):
         assert bradley_terry(lists([[3.0, 3.0], [-70.0, -70.0]], p=p)).tolist() == pytest.approx([0.693147] * 2, abs=1e-6)

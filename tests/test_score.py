@@ -284,6 +284,28 @@ def test_output_and_pairs_are_trained_on_by_dpo(rm, tmp_path, capsys):
         assert "dropped 0" in capsys.readouterr().out
 
 
+def test_cut_answers_are_marked_and_never_written_to_be_trained_on(rm, tmp_path, capsys):
+    """Training would put an end token behind them."""
+    flags = ["--reward-model", rm, "--policy", TOY / "model", "--samples", 6, "--limit", 40, "--max-new-tokens", 3]
+    run(capsys, *flags, "--output", tmp_path / "all.jsonl", "--pairs", tmp_path / "pairs.jsonl")
+    every = rows(tmp_path / "all.jsonl")
+    cut = {(r["prompt"][0]["content"], r["response"][0]["content"]) for r in every if r["cut"]}
+    whole = {(r["prompt"][0]["content"], r["response"][0]["content"]) for r in every if not r["cut"]}
+    assert cut and whole
+    for r in rows(tmp_path / "pairs.jsonl"):
+        assert {(r["prompt"][0]["content"], r[k][0]["content"]) for k in ("chosen", "rejected")} <= whole
+    said = run(capsys, *flags, "--select", "best", "--output", tmp_path / "best.jsonl")
+    best = rows(tmp_path / "best.jsonl")
+    assert {(r["prompt"][0]["content"], r["response"][0]["content"]) for r in best} <= whole
+    assert f"{40 - len(best)} prompts left out" in said or len(best) == 40
+
+
+def test_the_users_own_columns_are_kept(rm, tmp_path, capsys):
+    write(tmp_path / "p.jsonl", [dict(r, score_human=3, response_time=0.5) for r in rows(TOY / "pairs.jsonl")[:10]])
+    run(capsys, "--reward-model", rm, "--dataset", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl")
+    assert all(r["score_human"] == 3 and r["response_time"] == 0.5 for r in rows(tmp_path / "o.jsonl"))
+
+
 def test_keep_chosen_keeps_the_datas_answer_and_has_no_p(rm, tmp_path, capsys):
     run(capsys, "--reward-model", rm, "--dataset", TOY / "pairs.jsonl", "--limit", 30, "--policy", TOY / "model", "--max-new-tokens", 6, "--keep-chosen", "--pairs", tmp_path / "k.jsonl")
     truth = {json.dumps(r["prompt"]): r["chosen"] for r in rows(TOY / "pairs.jsonl")[:30]}
@@ -350,6 +372,7 @@ def test_policies_are_compared_with_kl_and_beams_raise_the_reward(rm, other, cap
 def test_scores_other_formats(rm, tmp_path, capsys):
     write(tmp_path / "k.jsonl", [{"prompt": f"{i}+1", "completions": [str(i), str(i + 1), str(i + 2)], "ranks": [3, 1, 2]} for i in range(10)])
     assert "of 30 pairs" in run(capsys, "--reward-model", rm, "--dataset", tmp_path / "k.jsonl", "--chat", "--output", tmp_path / "k2.jsonl", "--pairs", tmp_path / "kp.jsonl")
+    assert all(r["ranks"] == [3, 1, 2] and len(r["scores"]) == 3 for r in rows(tmp_path / "k2.jsonl"))
     assert len(common.read_groups(tmp_path / "k2.jsonl", ("ranked list",))[0]) == 10 == len(rows(tmp_path / "kp.jsonl"))
     write(tmp_path / "u.jsonl", [{"prompt": f"{i}+1", "completion": str(i), "label": i % 2} for i in range(10)])
     assert "label = True" in run(capsys, "--reward-model", rm, "--dataset", tmp_path / "u.jsonl", "--chat")
@@ -401,6 +424,8 @@ def test_refused_models_and_missing_matplotlib(rm, tmp_path, capsys, monkeypatch
     (["--policy", "a", "--samples", "2", "--temperature", "0"], ["--temperature"]),
     (["--output", "no/such/folder/x.jsonl"], ["no/such/folder"]),
     (["--dataset", "nothing.jsonl"], ["nothing.jsonl"]),
+    (["--output", "x.jsonl", "--pairs", "x.jsonl"], ["--output", "different"]),
+    (["--plot", "x.xyz"], ["--plot", ".png"]),
     (["--dataset", str(TOY / "pairs.jsonl"), "--output", str(TOY / "pairs.jsonl")], ["pairs.jsonl"]),
     (["--dataset", str(TOY)], ["metrics.jsonl"]),
     (["--implicit", "no/such/model", "--ref-model", "no/such/model"], ["no/such/model"]),
