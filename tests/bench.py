@@ -52,27 +52,17 @@ def train(a):
         loaded.append(peak_mb())
         return model
     setattr(script, loader, load_and_note)
-    more, sampling = [], []
+    more = []
     if a.what == "grpo":
         more = ["--reward", f"{__file__}:joy", "--group-size", str(a.group_size), "--max-new-tokens", str(a.max_new_tokens)]
-        sample = script.sample
-
-        def timed(*x, **y):
-            began = time.perf_counter()
-            answers = sample(*x, **y)
-            sampling.append(time.perf_counter() - began)
-            return answers
-        script.sample = timed
     with tempfile.TemporaryDirectory() as out:
         script.main(["--model", a.model, "--dataset", a.data, "--batch-size", str(a.batch_size), "--max-steps", str(a.steps), "--learning-rate", "1e-6",
                      "--lr-schedule", "constant", "--warmup-steps", "0", "--eval-fraction", "0", "--max-length", "4096", "--output-dir", out,
                      "--micro-batch-tokens", str(a.micro_batch_tokens), *more])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     if a.what == "grpo":
-        made = lines[-1]["completions/mean_length"] * a.batch_size * a.group_size
-        split = {"sampling": statistics.median(sampling[1:]), "update": statistics.median(x["seconds/update"] for x in lines[1:])}
-        split["rewards"] = statistics.median(x["seconds/sample"] for x in lines[1:]) - split["sampling"]
-        more = {"split": split, "sample_tokens_per_second": round(made / split["sampling"])}
+        split = {name: statistics.median(x[f"seconds/{name}"] for x in lines[1:]) for name in ("sample", "reward", "update")}
+        more = {"split": split, "sample_tokens_per_second": round(statistics.median(x["sample_tokens_per_second"] for x in lines[1:]))}
     memory = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else peaks[-1] - loaded[0]      # of training, not of saving
     return {"seconds_per_step": statistics.median(y - x for x, y in zip(ticks, ticks[1:])), "peak_mb_above_model": round(memory),
             "tokens_per_second": round(statistics.median(x["tokens_per_second"] for x in lines[1:])), "losses": [round(x["loss"], 5) for x in lines], **dict(more)}
