@@ -68,7 +68,8 @@ Variants are one function each in LOSSES. Rewards have trl's signature, so that 
 #      k3 as a loss term     E[(1 − e^d) ∇ log π] = ∇ KL(π_ref ‖ π), the other direction; the paper's        --kl k3
 #      k3 · ρ                ∇ KL(π ‖ π_ref), unbiased also off policy                                       --kl k3-unbiased
 #    Summed over an answer these take the prefixes as given: what o_1 does to the KL of o_2 is missing. The KL of whole
-#    answers is an expected reward like any other, so by (2) it is exact, with more variance, where it is subtracted:
+#    answers is an expected reward like any other, so by (2) it is exact, with more variance, where it is subtracted (and
+#    the tokens of all answers weigh alike, as in rloo and dr-grpo):
 #      k1 in the reward      A(r) − β ( k − mean of the group ),  k = Σ_t k1                --kl reward             (10)
 #    centred, but not divided by the rewards' std as A(r) is: β would cancel where all rewards are alike.
 #    test_eq9 and test_eq10 check each by enumeration. β = 0 loads no reference.
@@ -435,6 +436,7 @@ def model_reward(path, args, device, flag):
         print(f"note: {path} stores no statistics of its scores (train_rm.py does), so they are not z-scored")
     mean, std, packed = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0) or 1.0, []
     curve = getattr(model.config, "reward_by_length", None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     if args.calibrate_length and not curve:
         fail(f"--calibrate-length: {path} stores no length curve; train it with train_rm.py.")
 
@@ -451,7 +453,8 @@ def model_reward(path, args, device, flag):
             packed.append(can_pack(model, made, reward_scores))
         scores = {}
         for micro in micro_batches(made, args.micro_batch_tokens, packed[0]):
-            values = reward_scores(model, lay_out(model, micro, packed[0])).tolist()
+            with autocast:
+                values = reward_scores(model, lay_out(model, micro, packed[0])).tolist()
             scores |= {id(g): v for g, v in zip(micro, values)}
         values = [scores[id(g)] for g in made]
         if args.calibrate_length:
