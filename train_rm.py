@@ -158,7 +158,8 @@ def parse_args(argv=None):
     if not 0 <= args.seed < 2 ** 63:
         p.error("--seed must be in [0, 2^63)")
     given = [Path(m).resolve() for m in (args.model, getattr(args, "ref_model", None)) if m]
-    if Path(args.output_dir).resolve() in given:
+    out = Path(args.output_dir).resolve()
+    if any(m == out or out / "old" in (m, *m.parents) for m in given):       # old/ is where an earlier run is moved
         p.error("--output-dir is where the starting model or the reference lies, and would replace it: choose another")
     # --- end shared ---
     if not 0 <= args.label_smoothing < 0.5:
@@ -408,8 +409,10 @@ def open_run(args, groups, steps):
         if (out / "args.json").exists():
             shutil.rmtree(out / "old", ignore_errors=True)
             (out / "old").mkdir()
-            patterns = ("*.json", "*.jsonl", "*.jinja", "*.safetensors", "*.model", "checkpoint")
-            for file in [f for pattern in patterns for f in out.glob(pattern)]:
+            # What runs write, by name: a file of somebody else's stays.
+            names = ("args.json metrics.jsonl completions.jsonl checkpoint config.json generation_config.json model*.safetensors* "
+                     "tokenizer* chat_template* special_tokens_map.json added_tokens.json vocab.* merges.txt").split()
+            for file in {f for name in names for f in out.glob(name)}:
                 os.replace(file, out / "old" / file.name)
             print(f"{out}: an earlier run was here; it is kept in {out / 'old'}")
         (out / "metrics.jsonl").write_text("")

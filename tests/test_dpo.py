@@ -387,7 +387,9 @@ def test_ctrl_c_saves_and_resumes(straight, tmp_path, monkeypatch, capsys):
 def test_resume_refuses_other_flags_and_a_new_run_keeps_the_old_checkpoint(straight, tmp_path, capsys):
     run(tmp_path, "--max-steps", 2)
     assert "--beta 0.1, not 0.2" in refused(capsys, "--output-dir", tmp_path, "--limit", 300, "--batch-size", 16, "--resume", "--beta", 0.2)
+    (tmp_path / "notes.json").write_text("mine")
     run(tmp_path, "--max-steps", 1)
+    assert (tmp_path / "notes.json").read_text() == "mine"
     assert "kept in" in capsys.readouterr().out
     old = tmp_path / "old"
     assert (old / "checkpoint/step-2").is_dir() and len(metrics(old)) == 4 and (old / "model.safetensors").exists() and (old / "args.json").exists()
@@ -397,6 +399,7 @@ def test_resume_refuses_other_flags_and_a_new_run_keeps_the_old_checkpoint(strai
     main(list(map(str, [*flags, "--max-steps", 3])))
     assert "after step 3" in refused(capsys, *flags, "--max-steps", 2, "--resume")
     assert "--output-dir" in refused(capsys, *flags, "--model", tmp_path / "p")          # the reference would be what is trained
+    assert "--output-dir" in refused(capsys, *flags, "--model", tmp_path / "p/old")      # or would be moved away before it is read
     (tmp_path / "p.jsonl").write_text("".join((TOY / "pairs.jsonl").read_text().splitlines(True)[1:201]))
     assert "--dataset" in refused(capsys, *flags, "--max-steps", 4, "--resume")          # other rows: another plan, another split
     (tmp_path / "p/args.json").write_text("{")
