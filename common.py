@@ -1,18 +1,22 @@
 """What the scripts share: only what goes silently wrong when it is written twice.
 
 ① read       rows of any known format  →  groups (text)
-② tokenise   groups (text)             →  groups (ids), with one BOS, one end, and a border that never moves
-③ plan       groups                    →  steps of micro-batches, a pure function of the seed
-④ pack       a micro-batch             →  a few rows without padding, each prompt in them once
-⑤ log-probs  a packed batch            →  float32 log-probs of the completion tokens, nothing else
-⑥ sample     prompts                   →  completions, their log-probs, and whether they ended by themselves
-⑦ length     scores and lengths        →  the score without what the length explains
+② tokenise   groups (text)   →  groups (ids): one BOS, one EOS, a boundary that never moves
+③ plan       groups          →  steps of micro-batches, a pure function of the seed
+④ pack       a micro-batch   →  a few rows without padding, each prompt in them once
+⑤ log-probs  a packed batch  →  float32 log-probs of the completion tokens, nothing else
+⑥ models     a directory     →  a policy or a reward model, checked
+⑦ sample     prompts         →  completions, their log-probs, and whether they ended
+⑧ run        flags           →  a run directory that a kill at any moment leaves whole
 
-A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, an unpaired label a group of
-one, GRPO samples a group of G. Everything after the reader sees groups only.
+A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, a
+labelled completion a group of one, GRPO samples a group of G. After the reader all is groups.
 
-Shapes: R rows of N tokens in a packed batch, K completions in it, T completion tokens in all of them, V vocabulary.
+Shapes: R rows of N tokens in a packed batch, K completions in it, T completion tokens in all of
+them, V vocabulary.
 """
+# --- imports --------------------------------------------------------------------------------------
+import argparse
 import csv
 import gzip
 import hashlib
@@ -20,584 +24,858 @@ import inspect
 import io
 import json
 import math
+import os
 import random
 import re
+import shutil
+import signal
 import sys
-import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable, NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig)
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+    GenerationConfig)
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
-transformers_logging.disable_progress_bar()                  # one bar at a time: ours
 
-
-NOT_LOADED = (OSError, ValueError, ImportError, KeyError, SafetensorError)     # what from_pretrained raises for bad files
-
+# --- errors, flags, device ------------------------------------------------------------------------
 
 def fail(message):
-    """Bad input is the user's to mend: one sentence on stderr, exit code 2, no traceback."""
+    """Bad input is for the user to fix: one sentence on stderr, exit code 2, no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def pick_device(name):
-    """auto = cuda where there is one, else cpu. A device that is not there is an error before anything is read."""
+def first_line(error):
+    """The type of an exception and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+
+
+@contextmanager
+def failing(message):
+    """What the outside world raises in this block (files, templates, …) ends in one sentence."""
     try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: not to be had here ({str(error).splitlines()[0]}).")
+        yield
+    except Exception as error:
+        fail(f"{message} ({first_line(error)}).")
+
+
+def within(interval, kind=float):
+    """An argparse type: a number in an interval such as "[0, 1)"; NaN and infinity are in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} in {interval}")
+        return value
+    return parse
+
+
+def pick_device(name):
+    """auto = cuda where there is one, else cpu. A device that is not available is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with failing(f"--device {name}: not available on this machine"):
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # .item(): the device "meta" holds no numbers
     return device
 
 
-# ① read ---------------------------------------------------------------------------------------------------------------
+def pick_autocast(dtype, device):
+    """The context to compute in, by default bfloat16 on CUDA. Weights and sums stay float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def progress_bar(total, what, unit):
+    """A bar that leaves no trace; none where `what` is empty or the output is no terminal."""
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if what else True)
+
+
+# ① read -------------------------------------------------------------------------------------------
 
 @dataclass
 class Group:
     """One prompt and its K completions, first as text (or chat messages), then as token ids."""
-    where: str                                               # "pairs.jsonl, line 7": what an error message names
-    prompt: str | list                                       # text, or [{"role": …, "content": …}, …]
-    completions: list                                        # K texts, or K assistant messages
-    row: dict = field(default_factory=dict)                  # every column of the row, for rewards, margins, answers
-    prompt_ids: list = field(default_factory=list)           # P ids, BOS and template included
-    completion_ids: list = field(default_factory=list)       # K lists of ids, each with its end token unless it was cut
-    ended: list = field(default_factory=list)                # K booleans: False where --overlong truncate cut the end
+    where: str                      # "pairs.jsonl, line 7", for error messages
+    prompt: str | list              # text, or [{"role": …, "content": …}, …]
+    completions: list               # K texts
+    row: dict = field(default_factory=dict)             # every column: rewards may read any
+    scores: list = field(default_factory=list)          # K, higher is better; pair: 1, 0; or empty
+    margin: float = 0.0             # by how much the better completion of a pair is better
+    p_chosen: float | None = None   # probability that the first of a pair is the better
+    prompt_ids: list = field(default_factory=list)      # P ids, BOS and template included
+    completion_ids: list = field(default_factory=list)  # K lists, with EOS unless truncated
+    ended: list = field(default_factory=list)           # K booleans: False where truncated
+    index: list = field(default_factory=list)           # K places in a column of all completions
 
     def tokens(self):
         """Tokens that a shared-prefix forward computes: the prompt once, every completion once."""
         return len(self.prompt_ids) + sum(map(len, self.completion_ids))
 
+    def longest(self):
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt_ids) + max(map(len, self.completion_ids))
 
-# Formats in the order in which they are tried: name, and what must be there ("a|b" = one of them).
-KINDS = {
-    "pair": ["prompt", "chosen", "rejected"],
-    "pair, prompt inside": ["chosen", "rejected"],
-    "PKU-SafeRLHF": ["prompt|question", "response_0", "response_1", "better_response_id|safer_response_id"],
-    "ranked list": ["prompt|question", "completions|responses", "scores|ranks"],
-    "unpaired": ["prompt", "completion", "label"],
-    "response": ["prompt|question", "response|completion|answer"],
-    "prompt": ["prompt|question"],
-}
-PAIRS = ("pair", "pair, prompt inside", "PKU-SafeRLHF")
+
+@dataclass
+class Account:
+    """What became of the rows of one source; str() is what the user reads."""
+    source: str
+    format: str                     # name of a row of FORMATS
+    rows: int
+    kept: int = 0
+    truncated: int = 0
+    dropped: Counter = field(default_factory=Counter)   # reason → rows
+    looks_special: int = 0          # rows with text that looks like a special token
+    template_rewrites: bool = False  # whether the chat template changes some completions
+
+    def __str__(self):
+        line = (f"{self.source}: {self.rows:,} rows of format '{self.format}', kept {self.kept:,}, "
+                f"truncated {self.truncated:,}, dropped {self.dropped.total():,}")
+        if self.dropped:
+            reasons = [f"{n:,} {reason}" for reason, n in self.dropped.items()]
+            line += f" ({', '.join(reasons)})"
+        if self.looks_special:
+            line += f"\n  {self.looks_special:,} rows hold text that looks like a special token"
+            line += "; it is encoded as ordinary text"
+        if self.template_rewrites:
+            line += "\n  the chat template rewrites some completions (trims or moves text)"
+            line += "; what it writes is used"
+        return line
 
 
 def read_rows(source, split="train"):
     """All rows of a local .json, .jsonl, .csv or .parquet file (also .gz) or of a hub dataset.
 
-    Returns [(where, row)]: `where` names file and line for error messages. The standard library reads JSON and CSV, not
-    `datasets`, whose Arrow tables unify the columns of all rows: a 5 among strings would be a traceback about the whole
-    file instead of a sentence about line 17, and a missing column would be a silent None.
+    Returns [(where, row)]: `where` names file and line for error messages. The standard library
+    reads JSON and CSV, not `datasets`, whose Arrow tables unify the columns of all rows: a 5 among
+    strings would be a traceback about the whole file instead of a sentence about line 17, and a
+    missing column would be a silent None.
     """
     path = Path(source)
     name = path.name.removesuffix(".gz")
     if not path.is_file():
         if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
             fail(f"{source}: no such file.")
-        from datasets import load_dataset                    # here, because it takes seconds to import
-        try:
-            rows = load_dataset(str(source), split=split)
-        except Exception as error:                           # whatever the hub or the network answered: say it, end
-            fail(f"{source} (split {split}): neither a file nor a dataset that could be loaded "
-                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}).")
-        return [(f"{source}, {split} row {i}", dict(row)) for i, row in enumerate(rows)]
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return read_hub(str(source), split)
+    if not name.endswith((".json", ".jsonl", ".csv", ".parquet")):
+        fail(f"{source}: known file types are .json, .jsonl, .csv and .parquet, also with .gz.")
+
+    with failing(f"{source}: cannot be read"):
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
         if name.endswith(".parquet"):
             import pyarrow.parquet
-            table = pyarrow.parquet.read_table(io.BytesIO(raw))
-            return [(f"{source}, row {i}", row) for i, row in enumerate(table.to_pylist(), 1)]
-        text = raw.decode("utf-8-sig")                       # -sig: a byte order mark is not part of a column's name
-    except (OSError, EOFError, ValueError, zlib.error) as error:   # ValueError: bad UTF-8, pyarrow's ArrowInvalid
-        fail(f"{source}: cannot be read ({error}).")
-    if name.endswith(".csv"):
-        csv.field_size_limit(2 ** 31 - 1)                    # else it refuses cells over 131,072 characters: dialogues
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows, names = [], reader.fieldnames or []
-        if twice := [name for name in names if names.count(name) > 1]:
-            fail(f"{source}, line 1: two columns are called '{twice[0]}'; rename one.")
-        try:
-            for row in reader:
-                where = f"{source}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    fail(f"{where}: this row does not have the {len(reader.fieldnames)} fields of the header.")
-                rows.append((where, row))
-        except csv.Error as error:                           # line_num: where the last good row ended
-            fail(f"{source}, line {reader.line_num + 1}: broken CSV ({error}).")
-        return rows
-    if not name.endswith((".json", ".jsonl")):
-        fail(f"{source}: known file types are .json, .jsonl, .csv and .parquet, also with .gz.")
-    if text.lstrip()[:1] == "[":                             # one JSON list
-        try:
-            rows = [(f"{source}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            fail(f"{source}, line {error.lineno}: broken JSON ({error.msg}).")
-    else:                                                    # one object a line
-        rows = []
-        for i, line in enumerate(text.split("\n"), 1):       # str.splitlines() would also cut inside JSON text
-            try:
+            rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
+            return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
+        text = raw.decode("utf-8-sig")  # -sig: a byte order mark is no part of a column's name
+    return read_csv(source, text) if name.endswith(".csv") else read_json(source, text)
+
+
+def read_hub(name, split):
+    with failing(f"{name} (split {split}): neither a file nor a dataset that could be loaded"):
+        from datasets import load_dataset  # here, because it takes seconds to import
+        rows = load_dataset(name, split=split)
+    return [(f"{name}, {split} row {i}", dict(row)) for i, row in enumerate(rows)]
+
+
+def read_csv(source, text):
+    csv.field_size_limit(2 ** 31 - 1)  # else it refuses cells over 131,072 characters: dialogues
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = reader.fieldnames or []
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        fail(f"{source}, line 1: two columns are called '{twice[0]}'; rename one.")
+
+    rows = []
+    try:
+        for row in reader:
+            where = f"{source}, line {reader.line_num}"
+            if None in row or None in row.values():
+                fail(f"{where}: this row does not have the {len(names)} fields of the header.")
+            rows.append((where, row))
+    except csv.Error as error:  # line_num: where the last good row ended
+        fail(f"{source}, line {reader.line_num + 1}: broken CSV ({error}).")
+    return rows
+
+
+def read_json(source, text):
+    """One JSON list of objects, or one object a line."""
+    rows = []
+    where = source
+    try:
+        if text.lstrip()[:1] == "[":
+            for i, row in enumerate(json.loads(text), 1):
+                rows.append((f"{source}, row {i}", row))
+        else:
+            for i, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028
+                where = f"{source}, line {i}"
                 if line.strip():
-                    rows.append((f"{source}, line {i}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                fail(f"{source}, line {i}: broken JSON ({error.msg}).")
+                    rows.append((where, json.loads(line)))
+    except json.JSONDecodeError as error:
+        where = where if where != source else f"{source}, line {error.lineno}"
+        fail(f"{where}: broken JSON ({error.msg}).")
+    except (ValueError, RecursionError) as error:  # integers of 5,000 digits, lists 5,000 deep
+        fail(f"{where}: broken JSON ({first_line(error)}).")
+
     for where, row in rows:
         if not isinstance(row, dict):
             fail(f"{where}: a row must be an object with named columns, not {type(row).__name__}.")
     return rows
 
 
-def text_or_messages(row, column, where):
-    """The checked value of a column: a str, or a list of messages whose content is a str. Anything else is an error."""
-    def text(value):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            fail(f"{where}: column '{column}' holds half of a surrogate pair (like \\ud83d), which is no text; mend it.")
-        return value
+def valid_text(value, column, where):
+    """A text or a list of parts, [{"type": "text", "text": …}, …] → the text, or an error."""
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in value]
+        value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
+    if not isinstance(value, str):
+        fail(f"{where}: in column '{column}' a message's role or content is {value!r:.60}, not "
+             "text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        fail(f"{where}: column '{column}' holds half of a surrogate pair (like \\ud83d), which is "
+             "not valid text; remove it.")
+    return value
 
-    value = row.get(column)
+
+def text_or_messages(row, names, where):
+    """The checked value of a column: text, or chat messages whose content is text; else an error.
+
+    names: of the column, or "prompt|question": the one of these that the row has.
+    """
+    column = either(row, names, where)
+    value = row[column]
     if isinstance(value, str):
-        return text(value)
-    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
-        messages = []
-        for message in value:
-            content = message["content"]
-            if isinstance(content, list):                    # [{"type": "text", "text": …}, …]
-                parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-                content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
-            if not isinstance(content, str) or not isinstance(message["role"], str):
-                fail(f"{where}: in column '{column}' a message's role or content is {content!r:.60}, not text.")
-            given = {k: v for k, v in message.items() if v is not None}   # a template may read further keys
-            messages.append(given | {"content": text(content)})
-        return messages
-    fail(f"{where}: column '{column}' is {value!r:.60}, neither text nor a list of messages with role and content.")
+        return valid_text(value, column, where)
+
+    def is_message(m):
+        return isinstance(m, dict) and "role" in m and "content" in m
+
+    if not isinstance(value, list) or not value or not all(map(is_message, value)):
+        fail(f"{where}: column '{column}' is {value!r:.60}, neither text nor a list of messages "
+             "with role and content.")
+
+    messages = []
+    for message in value:
+        given = {k: v for k, v in message.items() if v is not None}  # a template may read any key
+        given["role"] = valid_text(message["role"], column, where)
+        given["content"] = valid_text(message["content"], column, where)
+        messages.append(given)
+    return messages
 
 
 def number(row, column, where, low=-math.inf, high=math.inf):
     """The finite number in a column (CSV text counts), or an error that names the row."""
     try:
         value = float(row[column])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and low <= value <= high):
-        between = f" in [{low:g}, {high:g}]" if high < math.inf else ""
-        fail(f"{where}: column '{column}' is {row[column]!r:.60}, not a number{between}.")
+        limits = f" in [{low:g}, {high:g}]" if high < math.inf else ""
+        fail(f"{where}: column '{column}' is {row[column]!r:.60}, not a number{limits}.")
     return value
 
 
-def soft_labels(groups, label_smoothing):
-    """Checks the column p_chosen, the probability that `chosen` is the better answer, and turns pairs below 1/2 round:
-    the same loss, and "chosen" is the better one wherever an accuracy is counted. A missing value is no soft label."""
-    turned = 0
-    for g in groups:
-        if g.row.get("p_chosen", "") in (None, ""):
-            g.row.pop("p_chosen", None)
-        if "p_chosen" in g.row:
-            if label_smoothing:
-                fail(f"{g.where}: rows with p_chosen carry their own label noise; drop --label-smoothing.")
-            g.row["p_chosen"] = number(g.row, "p_chosen", g.where, 0, 1)
-            if g.row["p_chosen"] < 0.5:
-                g.row["p_chosen"], turned = 1 - g.row["p_chosen"], turned + 1
-                g.completions.reverse()
-    if turned:
-        print(f"  {turned:,} pairs have p_chosen below 1/2: their answers change places, p_chosen becomes 1 − p_chosen")
+def either(row, names, where):
+    """The column that this row has, of names such as "prompt|question"."""
+    for name in names.split("|"):
+        if name in row:
+            return name
+    fail(f"{where}: column '" + names.replace("|", "' or '") + "' is missing.")
 
 
 def split_transcripts(chosen, rejected):
-    """HH-RLHF: two transcripts that share all but the last assistant turn → (prompt, chosen, rejected).
+    """HH-RLHF: two transcripts that differ in the last turn only → (prompt, chosen, rejected).
 
-    The prompt ends with the last "\\n\\nAssistant:" inside the longest common prefix, so an answer that quotes this
-    marker stays whole. None where they part earlier: then an answer would hold a further exchange.
+    The prompt ends with the last "\\n\\nAssistant:" inside the longest common prefix, so a
+    completion that quotes this marker stays whole. None where they part earlier: then a completion
+    would hold a further exchange.
     """
-    marker, common = "\n\nAssistant:", 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    cut = chosen.rfind(marker, 0, common) + len(marker)
-    answers = chosen[cut:], rejected[cut:]
-    if cut < len(marker) or any(re.search(r"\n\nHuman:|\bHuman:.*\n\nAssistant:", a, re.DOTALL) for a in answers):
+    marker = "\n\nAssistant:"
+    common = len(os.path.commonprefix([chosen, rejected]))
+    boundary = chosen.rfind(marker, 0, common) + len(marker)
+    if boundary < len(marker):
         return None
-    return chosen[:cut], *answers
+    further_turn = re.compile(r"\n\nHuman:|\bHuman:.*\n\nAssistant:", re.DOTALL)
+    if further_turn.search(chosen, boundary) or further_turn.search(rejected, boundary):
+        return None
+    return chosen[:boundary], chosen[boundary:], rejected[boundary:]
 
 
-def to_group(kind, row, where, prefer):
-    """One row of a known kind → Group, or the reason (a str) for which it is dropped."""
-    def column(names):                                       # "prompt|question" → the one that this row has
-        found = [n for n in names.split("|") if n in row]
-        return found[0] if found else fail(f"{where}: column '" + names.replace("|", "' or '") + "' is missing.")
+# The functions of FORMATS: one row → Group, or the reason (a str) for which it is dropped.
 
-    get = lambda names: text_or_messages(row, column(names), where)  # noqa: E731
-    extra = dict(row)
-    if kind in PAIRS[:2]:
-        chosen, rejected = get("chosen"), get("rejected")
-        if kind == "pair" and not (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):
-            prompt = get("prompt")
-        elif isinstance(chosen, str) and isinstance(rejected, str):
-            if not (parts := split_transcripts(chosen, rejected)):
-                return "that differ before the last turn"
-            prompt, chosen, rejected = parts
-        elif isinstance(chosen, list) and isinstance(rejected, list):     # whole dialogues: all but the last message
-            if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-                return "that differ before the last turn"
-            prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-        else:
-            fail(f"{where}: 'chosen' and 'rejected' must both be text or both be lists of messages.")
-        completions = [chosen, rejected]
-    elif kind == "PKU-SafeRLHF":
-        name = f"{prefer}_response_id"
-        best = row.get(column(name))
-        if str(best) not in ("0", "1"):
-            fail(f"{where}: column '{name}' is {best!r}, neither 0 nor 1.")
-        prompt = get("prompt|question")
-        completions = [get(f"response_{int(best)}"), get(f"response_{1 - int(best)}")]
-    elif kind == "ranked list":
-        prompt, name, by = get("prompt|question"), column("completions|responses"), column("scores|ranks")
-        values = row[name]
-        if not isinstance(values, list) or not isinstance(row[by], list) or not len(values) == len(row[by]) > 1:
-            fail(f"{where}: columns '{name}' and '{by}' must be two lists of the same length, two or more.")
-        completions = [text_or_messages({name: v}, name, where) for v in values]
-        sign = -1.0 if by == "ranks" else 1.0                # rank 1 is the best, so its score is the highest
-        extra["scores"] = [sign * number({by: v}, by, where) for v in row[by]]
-    elif kind == "unpaired":
-        prompt, completions = get("prompt"), [get("completion")]
-        label = {"true": True, "1": True, "false": False, "0": False}.get(str(row[column("label")]).lower())
-        if label is None:
-            fail(f"{where}: column 'label' is {row['label']!r}, neither true nor false.")
-        extra["label"] = label
-    elif kind == "response":
-        prompt, name = get("prompt|question"), column("response|completion|answer")
-        completions = [get(name)]
-        if name == "answer":
-            del extra["answer"]                              # here it is what was said, elsewhere what would be right
-    else:
-        prompt, completions = get("prompt|question"), []
-    if any(isinstance(c, list) for c in completions) and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list):                             # every completion becomes one assistant message's text
-        for i, c in enumerate(completions):
-            if isinstance(c, list):
-                if len(c) != 1 or c[0]["role"] != "assistant":
-                    fail(f"{where}: a completion must be one assistant message, not {[m['role'] for m in c]}.")
-                if more := sorted(set(c[0]) - {"role", "content"}):
-                    fail(f"{where}: an answer's message has '{more[0]}' besides role and content, which would be lost; "
-                         "move it or remove it.")
-                completions[i] = c[0]["content"]
-    if any(not c.strip() for c in completions):
-        return "with an empty answer"
-    if kind in PAIRS and completions[0].strip() == completions[1].strip():
-        return "with identical answers"
-    return Group(where, prompt, completions, extra)
+def read_pair(row, where, prefer):
+    chosen = text_or_messages(row, "chosen", where)
+    if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
+        return read_dialogues(row, where, prefer)  # whole dialogues beside a prompt column
+    prompt = text_or_messages(row, "prompt", where)
+    rejected = text_or_messages(row, "rejected", where)
+    return Group(where, prompt, [chosen, rejected], row, [1, 0])
 
 
-def read_groups(source, kinds, split="train", columns=(), limit=0, prefer="better", why=""):
-    """Rows → (groups, report). `kinds`: the formats that the caller can use, of KINDS; the first that fits is taken.
+def read_dialogues(row, where, prefer):
+    chosen = text_or_messages(row, "chosen", where)
+    rejected = text_or_messages(row, "rejected", where)
+    if type(chosen) is not type(rejected):
+        fail(f"{where}: 'chosen' and 'rejected' must both be text or both be lists of messages.")
+    if isinstance(chosen, str):
+        parts = split_transcripts(chosen, rejected)
+    else:  # the prompt is all but the last message
+        same = chosen[:-1] == rejected[:-1] and len(chosen) > 1
+        parts = (chosen[:-1], chosen[-1:], rejected[-1:]) if same else None
+    if parts is None:
+        return "that differ before the last turn"
+    return Group(where, parts[0], list(parts[1:]), row, [1, 0])
+
+
+def read_pku(row, where, prefer):
+    column = f"{prefer}_response_id"
+    best = row[either(row, column, where)]
+    if str(best) not in ("0", "1"):
+        fail(f"{where}: column '{column}' is {best!r}, neither 0 nor 1.")
+    prompt = text_or_messages(row, PROMPT, where)
+    chosen = text_or_messages(row, f"response_{int(best)}", where)
+    rejected = text_or_messages(row, f"response_{1 - int(best)}", where)
+    return Group(where, prompt, [chosen, rejected], row, [1, 0])
+
+
+def read_list(row, where, prefer):
+    prompt = text_or_messages(row, PROMPT, where)
+    name = either(row, "completions|responses", where)
+    by = either(row, "scores|ranks", where)
+    texts = row[name]
+    values = row[by]
+    if not (isinstance(texts, list) and isinstance(values, list) and len(texts) == len(values) > 1):
+        fail(f"{where}: columns '{name}' and '{by}' must be two lists of the same length, two or "
+             "more.")
+    completions = [text_or_messages({name: text}, name, where) for text in texts]
+    sign = -1.0 if by == "ranks" else 1.0  # rank 1 is the best, so its score is the highest
+    scores = [sign * number({by: value}, by, where) for value in values]
+    return Group(where, prompt, completions, row, scores)
+
+
+def read_labelled(row, where, prefer):
+    prompt = text_or_messages(row, "prompt", where)
+    completion = text_or_messages(row, "completion", where)
+    label = row[either(row, "label", where)]
+    value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(str(label).lower())
+    if value is None:
+        fail(f"{where}: column 'label' is {label!r}, neither true nor false.")
+    return Group(where, prompt, [completion], row, [value])
+
+
+def read_response(row, where, prefer):
+    prompt = text_or_messages(row, PROMPT, where)
+    name = either(row, "response|completion|answer", where)
+    completion = text_or_messages(row, name, where)
+    if name == "answer":  # here it is what was said, elsewhere what would be correct
+        row = {column: value for column, value in row.items() if column != "answer"}
+    return Group(where, prompt, [completion], row)
+
+
+def read_prompt(row, where, prefer):
+    return Group(where, text_or_messages(row, PROMPT, where), [], row)
+
+
+class Format(NamedTuple):
+    """A row of FORMATS. To add a format is to add a row: messages and all scripts follow it."""
+    gives: str                      # what its groups are: a script asks for these
+    columns: tuple                  # what must be there ("a|b": one of them)
+    read: Callable                  # (row, where, prefer) → Group, or why the row is dropped
+
+
+PROMPT = "prompt|question"
+FORMATS = {                      # in the order in which they are tried
+    "pair": Format("pair", ("prompt", "chosen", "rejected"), read_pair),
+    "pair, prompt inside": Format("pair", ("chosen", "rejected"), read_dialogues),
+    "PKU-SafeRLHF": Format(
+        "pair",
+        (PROMPT, "response_0", "response_1", "better_response_id|safer_response_id"),
+        read_pku),
+    "ranked list": Format("list", (PROMPT, "completions|responses", "scores|ranks"), read_list),
+    "unpaired": Format("label", ("prompt", "completion", "label"), read_labelled),
+    "response": Format("response", (PROMPT, "response|completion|answer"), read_response),
+    "prompt": Format("prompt", (PROMPT,), read_prompt),
+}
+
+
+def to_group(format_name, row, where, prefer):
+    """One row of a format → Group with K texts, or the reason (a str) for which it is dropped."""
+    group = FORMATS[format_name].read(row, where, prefer)
+    if isinstance(group, str):
+        return group
+    if any(isinstance(c, list) for c in group.completions) and isinstance(group.prompt, str):
+        group.prompt = [{"role": "user", "content": group.prompt}]
+
+    for k, completion in enumerate(group.completions):  # one assistant message becomes its text
+        if isinstance(completion, list):
+            roles = [message["role"] for message in completion]
+            if roles != ["assistant"]:
+                fail(f"{where}: a completion must be one assistant message, not {roles}.")
+            further = sorted(set(completion[0]) - {"role", "content"})
+            if further:
+                fail(f"{where}: a completion's message has '{further[0]}' besides role and "
+                     "content, which would be lost; move it or remove it.")
+            group.completions[k] = completion[0]["content"]
+
+    stripped = [c.strip() for c in group.completions]
+    if not all(stripped):
+        return "with an empty completion"
+    if FORMATS[format_name].gives == "pair" and stripped[0] == stripped[1]:
+        return "with identical completions"
+    return group
+
+
+def rename_columns(rows, columns, source):
+    """--columns new=old …: all at once, so that chosen=rejected rejected=chosen swaps the two."""
+    first = rows[0][1]
+    renames = [rename.partition("=")[::2] for rename in columns]         # (new, old)
+    for new, old in renames:
+        if not new or old not in first:
+            fail(f"--columns {new}={old}: {source} has no column '{old}' (it has: "
+                 f"{', '.join(first)}); write NEW=OLD.")
+    for where, row in rows:
+        for _, old in renames:
+            if old not in row:
+                fail(f"{where}: column '{old}' is missing.")
+        values = {new: row[old] for new, old in renames}
+        for _, old in renames:
+            row.pop(old, None)
+        row.update(values)
+
+
+def read_groups(source, usable, split="train", columns=(), limit=0, prefer="better", why=""):
+    """Rows → (groups, Account). usable: names of FORMATS, the first of them that fits is taken.
+
     why: what the caller says about rows that it cannot use.
-
-    report: Counter with "rows", "kept" and one entry per reason for which rows were dropped, and report.kind.
     """
     rows = read_rows(source, split)
     rows = rows[:limit] if limit else rows
     if not rows:
         fail(f"{source}: no rows.")
-    first = rows[0][1]
-    renames = [rename.partition("=")[::2] for rename in columns]         # (new, old)
-    for new, old in renames:
-        if not new or old not in first:
-            fail(f"--columns {new}={old}: {source} has no column '{old}' (it has: {', '.join(first)}); write NEW=OLD.")
-    for where, row in rows if renames else []:
-        if lacking := [old for _, old in renames if old not in row]:
-            fail(f"{where}: column '{lacking[0]}' is missing.")
-        values = {new: row[old] for new, old in renames}     # all at once: chosen=rejected rejected=chosen swaps them
-        for _, old in renames:
-            row.pop(old, None)
-        row.update(values)
-    have = set(first)
-    fits = [k for k, need in KINDS.items() if all(have & set(n.split("|")) for n in need)]
-    kind = next((k for k in fits if k in kinds), None)
-    if kind is None:
-        needs = "; or ".join(" + ".join(n.replace("|", " or ") for n in KINDS[k]) for k in kinds)
-        problem = f"are rows of kind '{fits[0]}', which this script cannot use{why}" if fits else "fit no format"
-        fail(f"{source}: its columns ({', '.join(first)}) {problem}; needed are {needs}. --columns NEW=OLD renames.")
-    groups, report = [], Counter(rows=len(rows))
+    if columns:
+        rename_columns(rows, columns, source)
+
+    have = set(rows[0][1])
+    fits = []
+    for name, row_of_table in FORMATS.items():
+        if all(have & set(names.split("|")) for names in row_of_table.columns):
+            fits.append(name)
+    taken = [name for name in fits if name in usable]
+    if not taken:
+        needs = [" + ".join(FORMATS[name].columns).replace("|", " or ") for name in usable]
+        problem = "fit no format"
+        if fits:
+            problem = f"are rows of format '{fits[0]}', which this script cannot use{why}"
+        fail(f"{source}: its columns ({', '.join(rows[0][1])}) {problem}; needed are "
+             f"{'; or '.join(needs)}. --columns NEW=OLD renames.")
+
+    account = Account(source, taken[0], len(rows))
+    groups = []
     for where, row in rows:
-        made = to_group(kind, row, where, prefer)
-        if isinstance(made, str):
-            report[made] += 1
+        group = to_group(taken[0], row, where, prefer)
+        if isinstance(group, str):
+            account.dropped[group] += 1
         else:
-            groups.append(made)
-    report.kind = kind
-    return groups, report
+            groups.append(group)
+    return groups, account
 
 
-# ② tokenise -----------------------------------------------------------------------------------------------------------
+def read_soft_labels(groups, label_smoothing):
+    """Reads the columns p_chosen and margin of pairs; None and "" stand for no value.
+
+    p_chosen is the probability that `chosen` is the better. Pairs below 1/2 swap their completions
+    and p becomes 1 − p: the loss is the same, and "chosen" is the better one wherever an accuracy
+    is counted.
+    """
+    swapped = 0
+    for g in groups:
+        if g.row.get("margin") not in (None, ""):
+            g.margin = number(g.row, "margin", g.where)
+            if g.margin < 0:
+                fail(f"{g.where}: column 'margin' is {g.margin:g}: below 0 the rejected completion "
+                     "would be better.")
+        if g.row.get("p_chosen") in (None, ""):
+            continue
+        if label_smoothing:
+            fail(f"{g.where}: rows with p_chosen carry their own label noise; drop "
+                 "--label-smoothing.")
+        g.p_chosen = number(g.row, "p_chosen", g.where, 0, 1)
+        if g.p_chosen < 0.5:
+            g.p_chosen = 1 - g.p_chosen
+            g.completions.reverse()
+            swapped += 1
+    if swapped:
+        print(f"  {swapped:,} pairs have p_chosen below 1/2: their completions are swapped, "
+              "p_chosen becomes 1 − p_chosen")
+
+
+# ② tokenise ---------------------------------------------------------------------------------------
 
 MARK = "\ufdd0"      # a noncharacter, never in real text: brackets text that only looks special
 
 
 class Encoder:
-    """A tokeniser together with the decisions that must be the same in training, sampling and scoring.
+    """A tokeniser with the decisions that training, sampling and scoring must share.
 
-    bos       prepended where the tokeniser prepends one itself, never twice (the template may have written it already)
-    end       the id that ends an answer: the template's end of turn in a chat, else the tokeniser's EOS
-    stops     every id at which sampling stops: EOS, generation_config's EOS ids, the template's end of turn
-    template  messages become text by the tokeniser's chat template; plain text stays as it is unless `chat` is set
+    bos    what prompts begin with where the tokeniser puts it itself, never twice
+    eos    ends a completion of plain text
+    turn_end  ends a completion in a chat: what the template writes, else EOS
+    stops  every id at which sampling stops: these two and generation_config's EOS ids
+
+    Messages become text by the chat template; plain text stays as it is unless `chat` is set.
     """
 
-    def __init__(self, tokenizer, config=None, generation_config=None, template_file=None, chat=False):
-        self.tokenizer, self.chat = tokenizer, chat
+    def __init__(
+            self, tokenizer, config=None, generation_config=None, template_file=None, chat=False):
+        self.tokenizer = tokenizer
+        self.chat = chat
         self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
+        self.template_rewrites = False  # True once the chat template changed a completion
         if template_file:
-            if not Path(template_file).is_file():
-                fail(f"--chat-template {template_file}: no such file.")
-            try:
-                tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")    # saved with the checkpoint
-            except UnicodeDecodeError as error:
-                fail(f"--chat-template {template_file}: not a text file ({error}).")
+            with failing(f"--chat-template {template_file}: cannot be read as text"):
+                tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+
+        added = tokenizer.added_tokens_decoder
+        self.control_ids = set(added) | set(tokenizer.all_special_ids)
+        special = {token.content for token in added.values() if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(special, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
         first = tokenizer("a")["input_ids"][0]
         self.bos = [first] if first == tokenizer.bos_token_id else []
-        added = tokenizer.added_tokens_decoder.values()
-        special = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
-        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-        self.looks_special = 0                               # rows with such a string, encoded as ordinary text
-        self.template_changes_answers = False
-        ends = getattr(generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        self.turn_end = self._turn_end() if tokenizer.chat_template else None
-        stops = [self.turn_end, tokenizer.eos_token_id, *ends]
-        self.stops = sorted({i for i in stops if i is not None})
+        from_config = getattr(generation_config, "eos_token_id", None)
+        from_config = from_config if isinstance(from_config, list) else [from_config]
+        self.turn_end = self.find_turn_end() if tokenizer.chat_template else None
+        self.stops = sorted({self.turn_end, tokenizer.eos_token_id, *from_config} - {None})
         if not self.stops:
-            fail(f"the tokeniser in {tokenizer.name_or_path} names no EOS token, so no answer could ever end; "
-                 "set eos_token in its config.")
-        self.eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else self.stops[0]
-        self.continuation = self._continuation()
-        self.anchor = [] if tokenizer.chat_template else self.continuation("a")      # see decode
+            fail(f"the tokeniser in {tokenizer.name_or_path} names no EOS token, so no completion "
+                 "could ever end; set eos_token in its config.")
+        self.eos = self.stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.turn_end = self.eos if self.turn_end is None else self.turn_end
 
-    def _turn_end(self):
-        """Id of the first control token that the template writes after an answer, or None."""
-        messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-        text = self.render(messages, "the chat template")
-        tail = self.tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
-        control = set(self.tokenizer.added_tokens_decoder) | set(self.tokenizer.all_special_ids)
-        return next((i for i in tail if i in control), None)
+        # Some tokenisers put a space before whatever they encode, see continuation() and decode().
+        self.adds_space = self.continuation("ab") != self.plain("ab")
+        self.decode_anchor = [] if tokenizer.chat_template else self.continuation("a")
 
-    def _continuation(self):
-        """The same tokeniser without the space that some put before whatever they encode.
+    def find_turn_end(self):
+        """Id of the first control token that the template writes after a completion, or None."""
+        answer = {"role": "assistant", "content": "ANSWER"}
+        text = self.render(self.messages("QUESTION") + [answer], "the chat template")
+        behind = self.plain(text.rpartition("ANSWER")[2], control=True)
+        return next((token for token in behind if token in self.control_ids), None)
 
-        SentencePiece-like tokenisers (Llama 2, Mistral v1) turn "yes" into "▁yes": right where a text starts, wrong for
-        an answer, which continues one. The three places where such a space is switched on are switched off in a copy.
+    def plain(self, text, control=False):
+        """Token ids without BOS. control: special strings are those tokens, else ordinary text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)
+        return encoded["input_ids"]
+
+    def continuation(self, text, control=False):
+        """Token ids of a text that goes on from another one.
+
+        SentencePiece-like tokenisers (Llama 2, Mistral v1) turn "yes" into "▁yes": right where a
+        text starts, wrong for a completion. Behind an anchor with which the text does not merge,
+        that space is the anchor's.
         """
-        if not getattr(self.tokenizer, "is_fast", False):
-            return lambda text, control=False: self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
-
-        def without_prefix(node):
-            if isinstance(node, list):
-                return [without_prefix(x) for x in node if not (isinstance(x, dict) and x.get("type") == "Prepend")]
-            if not isinstance(node, dict):
-                return node
-            node = {k: without_prefix(v) for k, v in node.items()}
-            node.update({k: v for k, v in (("prepend_scheme", "never"), ("add_prefix_space", False)) if k in node})
-            return node
-
-        from tokenizers import Tokenizer
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for part in ("normalizer", "pre_tokenizer"):
-            node = spec.get(part)
-            spec[part] = None if isinstance(node, dict) and node.get("type") == "Prepend" else without_prefix(node)
-        backend = Tokenizer.from_str(json.dumps(spec))
-        backend.no_padding()
-        backend.no_truncation()
-
-        def encode(text, control=False):
-            backend.encode_special_tokens = not control
-            return backend.encode(text, add_special_tokens=False).ids
-        return encode
+        for anchor in ("\n", "a", "1", "."):
+            before = self.plain(anchor)
+            joint = self.plain(anchor + text, control)
+            if joint[:len(before)] == before:
+                return joint[len(before):]
+        return self.plain(text, control)
 
     def render(self, messages, where, generation_prompt=False):
-        """Chat template → text in which data that only looks like a control token stands between MARKs."""
-        mark = lambda m: {**m, "content": self.special.sub(lambda s: MARK + s[0] + MARK, m["content"])}  # noqa: E731
+        """Chat template → text. What only looks like a control token stands between MARKs."""
         if self.tokenizer.chat_template is None:
-            fail(f"{where}: chat messages, but the tokeniser in {self.tokenizer.name_or_path} has no chat template; "
-                 "give one with --chat-template FILE.")
-        if any(MARK in m["content"] for m in messages):
-            fail(f"{where}: a message holds U+FDD0, a noncharacter of Unicode that serves as a mark here.")
-        marked = [mark(m) for m in messages] if hasattr(self, "stops") else messages
-        try:
-            return self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation_prompt)
-        except Exception as error:                           # jinja2's errors, or a raise_exception() in the template
-            fail(f"{where}: the chat template refuses these messages ({error}).")
+            fail(f"{where}: chat messages, but the tokeniser in {self.tokenizer.name_or_path} has "
+                 "no chat template; give one with --chat-template FILE.")
+        marked = []
+        for message in messages:
+            if MARK in message["content"]:
+                fail(f"{where}: a message holds U+FDD0, a noncharacter of Unicode that serves as a "
+                     "mark here.")
+            content = self.special.sub(lambda found: MARK + found[0] + MARK, message["content"])
+            marked.append(message | {"content": content})
+        with failing(f"{where}: the chat template refuses these messages"):
+            return self.tokenizer.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=generation_prompt)
 
     def ids(self, text, control, continues=False):
-        """Token ids of a text. control: special strings in it (outside MARKs) are those tokens; else plain text.
-        continues: the text goes on from one that is encoded already, see _continuation."""
-        if MARK not in text or not control:
-            if continues:
-                return self.continuation(text, control)
-            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
+        """Token ids of a text, without BOS.
+
+        control: special strings outside MARKs are those tokens, else all is ordinary text.
+        continues: the text goes on from one that is encoded already.
+        """
         ids = []
-        for i, piece in enumerate(text.split(MARK)):         # odd pieces stand between MARKs: ordinary text
-            # Up to its first special token a piece continues what stands before it, from there on it is as ever.
-            first = self.special.search(piece) if i % 2 == 0 else None
-            cut = 0 if i == 0 and not continues else first.start() if first else len(piece)
-            ids += self.continuation(piece[:cut]) if cut else []
-            ids += self.ids(piece[cut:], True) if piece[cut:] else []
+        for i, piece in enumerate(text.split(MARK) if control else [text]):
+            continues = continues or i > 0
+            encode = self.continuation if continues and self.adds_space else self.plain
+            if piece:
+                ids += encode(piece, control and i % 2 == 0)  # odd pieces stand between MARKs
         return ids
 
     def with_bos(self, ids):
-        return ids if ids[:1] == self.bos else self.bos + ids    # a template may have written it already
+        return ids if ids[:1] == self.bos else self.bos + ids  # a template may have written it
+
+    def messages(self, prompt):
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+    def is_chat(self, prompt):
+        return self.chat or not isinstance(prompt, str)
 
     def prompt(self, prompt, where="prompt"):
-        """Text or messages → (prompt_ids, the text they encode). The same ids for training, sampling and scoring."""
-        if isinstance(prompt, str) and self.chat:
-            prompt = [{"role": "user", "content": prompt}]
-        control = not isinstance(prompt, str)
-        text = self.render(prompt, where, generation_prompt=True) if control else prompt
-        return self.with_bos(self.ids(text, control)), text
+        """Text or messages → (prompt_ids, text): the same in training, sampling and scoring."""
+        text = prompt
+        if self.is_chat(prompt):
+            text = self.render(self.messages(prompt), where, generation_prompt=True)
+        return self.with_bos(self.ids(text, control=self.is_chat(prompt))), text
+
+    def joined_text(self, group, completion, prompt_text):
+        """The text of prompt and completion together, as the model is to see it."""
+        if not self.is_chat(group.prompt):
+            return prompt_text + completion
+        answer = {"role": "assistant", "content": completion}
+        text = self.render(self.messages(group.prompt) + [answer], group.where)
+        if not text.startswith(prompt_text):
+            at = len(os.path.commonprefix([text, prompt_text]))
+            fail(f"{group.where}: the chat template writes the prompt differently once a "
+                 f"completion follows (from character {at}: {prompt_text[at:at + 30]!r} against "
+                 f"{text[at:at + 30]!r}); use another --chat-template.")
+        self.template_rewrites |= completion not in text.replace(MARK, "")
+        return text
 
     def __call__(self, group):
         """Fills prompt_ids, completion_ids and ended of a group.
 
-        Prompt and answer are encoded apart and concatenated, so the border never moves and every answer of a prompt has
-        the same prompt ids. Where the ids of prompt + answer begin with the prompt's ids, the answer's ids are their
-        rest (that is how the model will see such text); where a merge crosses the border, the answer is encoded alone.
+        Prompt and completion are encoded apart and concatenated, so the boundary never moves and
+        every completion of a prompt has the same prompt ids. Where the ids of prompt + completion
+        begin with the prompt's ids, the completion's ids are the rest (that is how the model will
+        see such text); where a merge crosses the boundary, the completion is encoded alone.
         """
-        group.prompt_ids, text = self.prompt(group.prompt, group.where)
-        chat = not isinstance(group.prompt, str) or self.chat
-        messages = [{"role": "user", "content": group.prompt}] if isinstance(group.prompt, str) else group.prompt
-        spoken = [group.prompt] if isinstance(group.prompt, str) else [m["content"] for m in group.prompt]
-        self.looks_special += any(self.special.search(t) for t in spoken + group.completions)
-        group.completion_ids, group.ended = [], []
-        for answer in group.completions:
-            if chat:
-                full = self.render(messages + [{"role": "assistant", "content": answer}], group.where)
-                if not full.startswith(text):
-                    at = next((i for i, (a, b) in enumerate(zip(text, full)) if a != b), len(full))
-                    fail(f"{group.where}: the chat template writes the prompt differently once an answer follows "
-                         f"(from character {at}: {text[at:at + 30]!r} against {full[at:at + 30]!r}); "
-                         "use another --chat-template.")
-                self.template_changes_answers |= answer not in full.replace(MARK, "")
-            else:
-                full = text + answer
-            joint = self.with_bos(self.ids(full, chat))
+        chat = self.is_chat(group.prompt)
+        group.prompt_ids, prompt_text = self.prompt(group.prompt, group.where)
+        group.completion_ids = []
+        for completion in group.completions:
+            text = self.joined_text(group, completion, prompt_text)
+            joint = self.with_bos(self.ids(text, control=chat))
             if joint[:len(group.prompt_ids)] == group.prompt_ids:
                 ids = joint[len(group.prompt_ids):]
             else:
-                ids = self.ids(full[len(text):], chat, continues=True)
-            end = self.turn_end if chat and self.turn_end is not None else self.eos
-            first_stop = next((i for i, t in enumerate(ids) if t in self.stops), len(ids)) if chat else len(ids)
-            group.completion_ids.append(ids[:first_stop] + [ids[first_stop] if first_stop < len(ids) else end])
-            group.ended.append(True)
+                ids = self.ids(text[len(prompt_text):], control=chat, continues=True)
+
+            end = self.turn_end if chat else self.eos
+            stops = [i for i, token in enumerate(ids) if token in self.stops]
+            if chat and stops:  # the template wrote the end of turn, and maybe a newline
+                end = ids[stops[0]]
+                ids = ids[:stops[0]]
+            group.completion_ids.append(ids + [end])
+        group.ended = [True] * len(group.completions)
         return group
 
-    def decode(self, ids):
-        """Text of sampled ids as a reward function sees it: without the end token, everything else as it was written.
+    def looks_special(self, group):
+        """Whether the data holds text that looks like a control token."""
+        texts = [message["content"] for message in self.messages(group.prompt)]
+        return any(map(self.special.search, texts + group.completions))
 
-        SentencePiece-like decoders drop a space at the start: right for a text, wrong for an answer that continues one,
-        which is decoded behind an "a". Not where there is a chat template: those write that space themselves.
+    def text(self, ids):
+        """Every id as text, control tokens included, nothing cleaned up."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def decode(self, ids):
+        """Text of sampled ids as a reward function sees it: as written, without the end token.
+
+        SentencePiece-like decoders drop a space at the start: right for a text, wrong for a
+        completion, which is decoded behind an "a". Not where there is a chat template: those write
+        that space themselves.
         """
-        def text(ids):
-            return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        ids = ids[:-1] if ids and ids[-1] in self.stops else ids
-        return text(self.anchor + ids).removeprefix(text(self.anchor))
+        if ids and ids[-1] in self.stops:
+            ids = ids[:-1]
+        return self.text(self.decode_anchor + ids).removeprefix(self.text(self.decode_anchor))
 
     def show(self, group, width=160):
-        """One group with its border: prompt ▸ answer. Control tokens are visible, long prompts lose their middle."""
-        def text(ids):
-            return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        short = lambda s: s if len(s) <= width else s[:width // 2] + " … " + s[-width // 2:]  # noqa: E731
-        lines = [f"  prompt {short(text(group.prompt_ids))!r}"]
+        """One group as `prompt ▸ completion`, control tokens visible, long texts shortened."""
+        def shorten(text):
+            return text if len(text) <= width else text[:width // 2] + " … " + text[-width // 2:]
+
+        lines = [f"  prompt {shorten(self.text(group.prompt_ids))!r}"]
         for ids, ended in zip(group.completion_ids, group.ended):
-            lines.append(f"  ▸ {short(text(ids))!r}{'' if ended else '  (cut, no end token)'}")
+            note = "" if ended else "  (truncated, no end token)"
+            lines.append(f"  ▸ {shorten(self.text(ids))!r}{note}")
         return "\n".join(lines)
 
 
-def tokenise(groups, report, encoder, max_length, overlong="drop", progress="tokenise"):
-    """Encode all groups, keep those that fit, and count in `report` what was cut and dropped, and why.
+def tokenise(groups, account, encoder, max_length, overlong="drop", progress="tokenise"):
+    """Encodes all groups, keeps those that fit, and notes in `account` what became of the rest.
 
-    max_length bounds prompt + longest completion. overlong: "drop" the group, or "truncate" the end of each completion
-    that is too long (its end token goes with it: a cut answer must not teach the model to stop there).
+    max_length bounds prompt + longest completion. overlong: "drop" the group, or "truncate" the
+    completions that are too long (EOS goes with the rest: a truncated completion must not teach
+    the model to stop there).
     """
-    kept, encoder.looks_special, encoder.template_changes_answers = [], 0, False         # counted for each source
+    kept = []
+    encoder.template_rewrites = False  # of this source
     for group in tqdm(groups, desc=progress, unit="row", leave=False, disable=None):
-        room = max_length - len(encoder(group).prompt_ids)
-        longest = max(map(len, group.completion_ids), default=1)
+        encoder(group)
+        account.looks_special += encoder.looks_special(group)
+        room = max_length - len(group.prompt_ids)
+        fits = [len(ids) <= room for ids in group.completion_ids]
+        ids = [ids[:max(0, room)] for ids in group.completion_ids]
+
         if not group.prompt_ids:
-            report["with an empty prompt"] += 1
+            account.dropped["with an empty prompt"] += 1
         elif room < 1:
-            report["with no room for an answer"] += 1
-        elif longest > room and overlong == "drop":
-            report[f"over --max-length {max_length}"] += 1
+            account.dropped["with no room for a completion"] += 1
+        elif not all(fits) and overlong == "drop":
+            account.dropped[f"over --max-length {max_length}"] += 1
+        elif len(ids) == 2 and ids[0] == ids[1] and account.format in FORMATS:  # else: samples
+            account.dropped["with completions of identical tokens"] += 1
         else:
-            if longest > room:
-                group.ended = [len(ids) <= room for ids in group.completion_ids]
-                group.completion_ids = [ids[:room] for ids in group.completion_ids]
-                if len(group.completion_ids) == 2 and group.completion_ids[0] == group.completion_ids[1]:
-                    report["with answers identical after truncation"] += 1
-                    continue
-                report["truncated"] += 1
+            group.completion_ids = ids
+            group.ended = fits
+            account.truncated += not all(fits)
             kept.append(group)
-    report["kept"] = len(kept)
+    account.kept = len(kept)
+    account.template_rewrites = encoder.template_rewrites
     return kept
 
 
-def account(source, report, encoder):
-    """The one line that says what became of every row."""
-    why = {k: v for k, v in report.items() if k not in ("rows", "kept", "truncated")}
-    dropped = ", ".join(f"{v:,} {k}" for k, v in why.items())
-    line = (f"{source}: {report['rows']:,} rows of kind '{report.kind}', kept {report['kept']:,}, "
-            f"truncated {report['truncated']:,}, dropped {sum(why.values()):,}" + (f" ({dropped})" if dropped else ""))
-    if encoder.looks_special:
-        line += f"\n  {encoder.looks_special:,} rows hold text that looks like a special token; it stays ordinary text"
-    if encoder.template_changes_answers:
-        line += "\n  the chat template rewrites some answers (trims or moves text): what it writes is trained on"
-    return line
+def load_groups(source, args, encoder, usable, max_length, what, prepare=None, why=""):
+    """Rows of a source → tokenised groups. Prints the account and one example with its boundary.
+
+    prepare(groups, account) → groups: what the caller checks and drops before tokenising.
+    """
+    groups, account = read_groups(
+        source, usable, args.split, args.columns, args.limit, args.prefer, why)
+    if prepare:
+        groups = prepare(groups, account)
+    groups = tokenise(groups, account, encoder, max_length, args.overlong, f"tokenise {what}")
+    print(f"{what}: {account}")
+    if not groups:
+        fail(f"{source}: no rows are left; the line above says why.")
+    print(encoder.show(groups[0]))
+    if encoder.tokenizer.chat_template and not encoder.is_chat(groups[0].prompt):
+        print("  the tokeniser has a chat template, but these prompts stay plain text (--chat "
+              "makes them user turns)")
+    return groups
+
+
+def load_data(args, encoder, usable, max_length, prepare=None, why=""):
+    """--dataset and --eval-dataset, or a part of the first → (train, held_out), numbered."""
+    options = (args, encoder, usable, max_length)
+    train = load_groups(args.dataset, *options, "train", prepare, why)
+    if args.eval_dataset:
+        held_out = load_groups(args.eval_dataset, *options, "eval", prepare, why)
+        common = {str(g.prompt) for g in train} & {str(g.prompt) for g in held_out}
+        if common:
+            print(f"  {len(common)} prompts of --eval-dataset are also trained on")
+    else:
+        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed)
+    number_completions(train + held_out)
+    return train, held_out
+
+
+def number_completions(groups):
+    """Numbers all completions from 0, groups in order, in g.index. Returns how many there are."""
+    first = 0
+    for g in groups:
+        g.index = list(range(first, first + len(g.completion_ids)))
+        first += len(g.completion_ids)
+    return first
+
+
+def fitting_length(args, encoder):
+    """--max-length, or less where the model has fewer positions."""
+    if args.max_length > encoder.max_positions:
+        print(f"--max-length {args.max_length} is lowered to {encoder.max_positions}, the "
+              "positions that the model has")
+    return min(args.max_length, encoder.max_positions)
 
 
 def split_by_prompt(groups, fraction, seed):
-    """(train, eval) without a common prompt. Depends on the prompts and the seed, not on the order of the rows."""
-    key = lambda g: hashlib.sha256(f"{seed} {json.dumps(g.prompt)}".encode()).hexdigest()  # noqa: E731
-    prompts = sorted({key(g) for g in groups})
+    """(train, eval) without a common prompt, whatever the order of the rows."""
+    keys = []
+    for g in groups:
+        text = f"{seed} {json.dumps(g.prompt)}"
+        keys.append(hashlib.sha256(text.encode()).hexdigest())
+    prompts = sorted(set(keys))
     count = round(fraction * len(prompts)) or (fraction > 0)
-    held_out = set(prompts[:min(count, len(prompts) - 1)])   # one at least is trained on
-    return [g for g in groups if key(g) not in held_out], [g for g in groups if key(g) in held_out]
+    held_out = set(prompts[:min(count, len(prompts) - 1)])  # one at least is trained on
+    train = [g for g, key in zip(groups, keys) if key not in held_out]
+    return train, [g for g, key in zip(groups, keys) if key in held_out]
 
 
-# ③ plan ---------------------------------------------------------------------------------------------------------------
+# ③ plan -------------------------------------------------------------------------------------------
 
-def plan_steps(n, batch_size, epochs, max_steps, seed):
-    """The group indices of every optimizer step: a pure function of its arguments, so any process can compute it whole.
+class Plan:
+    """plan[step]: the group indices of every optimizer step, a pure function of the arguments.
 
-    Every epoch is a new permutation, its last step may be smaller: no row is dropped. max_steps > 0 wins over epochs.
+    Every epoch is a new permutation, its last step may be smaller: no row is dropped. max_steps > 0
+    wins over epochs. Only the epoch that is asked for is computed: a plan may have a million steps.
     """
-    if n == 0:
-        fail("no rows are left to train on.")
-    steps = []
-    epochs = math.ceil(max_steps / math.ceil(n / batch_size)) if max_steps > 0 else epochs
-    for epoch in range(epochs):
-        order = list(range(n))
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        steps += [order[i:i + batch_size] for i in range(0, n, batch_size)]
-    return steps[:max_steps] if max_steps > 0 else steps
+
+    def __init__(self, n, batch_size, epochs, max_steps, seed):
+        if n == 0:
+            fail("no rows are left to train on.")
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = math.ceil(n / batch_size)
+        self.steps = max_steps if max_steps > 0 else epochs * self.steps_per_epoch
+        self.epoch = None
+        self.order = []
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = list(range(self.n))
+            random.Random(f"{self.seed} {epoch}").shuffle(self.order)
+        return self.order[place * self.batch_size:(place + 1) * self.batch_size]
 
 
 def micro_batches(groups, budget, packed=True):
-    """Split groups into lists of at most `budget` tokens; a single group over the budget stands alone, never dropped.
+    """Splits groups into lists of at most `budget` tokens; a group over the budget stands alone.
 
-    Longest first: groups of like size meet. Only memory depends on the budget: losses are normalised over the step.
-    packed=False counts what pad() lays out: every completion with its prompt, filled up to the widest.
+    Longest first: groups of similar size meet. Only memory depends on the budget: losses are
+    normalised over the step. packed=False counts what pad() lays out: every completion with its
+    prompt, padded to the longest.
     """
-    width = lambda group: len(group.prompt_ids) + max(map(len, group.completion_ids))  # noqa: E731
-    cost = lambda group, widest: group.tokens() if packed else len(group.completion_ids) * width(widest)  # noqa: E731
-    batches, used = [], 0
-    for group in sorted(groups, key=Group.tokens if packed else width, reverse=True):
+    def cost(group, widest):
+        return group.tokens() if packed else len(group.completion_ids) * widest.longest()
+
+    batches = []
+    used = 0
+    for group in sorted(groups, key=Group.tokens if packed else Group.longest, reverse=True):
         if not batches or used + cost(group, batches[-1][0]) > budget:
             batches.append([])
             used = 0
@@ -606,109 +884,196 @@ def micro_batches(groups, budget, packed=True):
     return batches
 
 
-# ④ pack ---------------------------------------------------------------------------------------------------------------
+class Comparisons(NamedTuple):
+    """M pairs "better ≻ worse" among the K completions of some groups."""
+    better: torch.Tensor    # (M,) which completion, groups in order
+    worse: torch.Tensor     # (M,)
+    weight: torch.Tensor    # (M,) 1 / pairs of the same prompt, so that every prompt counts as one
+    p: torch.Tensor         # (M,) probability that the label is right
+    margin: torch.Tensor    # (M,) by how much the better one is better
+    prompt: torch.Tensor    # (M,) which group
 
-ROW = 1024           # a packed row is about this long, or as its longest tree: attention costs row², not batch²
-TREE = 4096          # no tree (a prompt and completions behind it) is longer, unless one completion alone makes it so
-EVEN = 3072          # row length at which attention costs as much as the rest of a layer: 6 × its width, see lay_out()
+
+def pairs_of(group):
+    """The pairs (i, j) of a group in which i scores higher: no ties, nor equal token ids."""
+    ids = group.completion_ids
+    pairs = []
+    for i, a in enumerate(group.scores):
+        for j, b in enumerate(group.scores):
+            if a > b and ids[i] != ids[j]:
+                pairs.append((i, j))
+    return pairs
+
+
+def compare(groups, label_smoothing=0.0, device=None):
+    """All pairs of all groups → Comparisons."""
+    places = []
+    values = []
+    first = 0
+    for number, g in enumerate(groups):
+        pairs = pairs_of(g)
+        p = 1 - label_smoothing if g.p_chosen is None else g.p_chosen
+        for i, j in pairs:
+            places.append((first + i, first + j, number))
+            values.append((1 / len(pairs), p, g.margin))
+        first += len(g.completion_ids)
+    better, worse, prompt = torch.tensor(places, device=device).long().view(-1, 3).T.contiguous()
+    weight, p, margin = torch.tensor(values, device=device).view(-1, 3).T.contiguous()
+    return Comparisons(better, worse, weight, p, margin, prompt)
+
+
+# ④ pack -------------------------------------------------------------------------------------------
+
+# a packed row is about this long, or as its longest tree: attention costs row², not batch²
+ROW = 1024
+# no tree (a prompt and completions behind it) is longer, unless one completion alone makes it so
+TREE = 4096
+# row length at which attention costs as much as the rest of a layer: 6 × its width, see lay_out()
+EVEN = 3072
+
+
+class Tree(NamedTuple):
+    """A prompt and the completions behind it, as a packed row holds them."""
+    prompt: list                    # ids
+    completions: list               # [(which of the batch's K, ids), …]
+
+    def size(self):
+        return len(self.prompt) + sum(len(ids) for _, ids in self.completions)
 
 
 @dataclass
 class Batch:
-    """A micro-batch for one forward. `tree` is None in the padded layout (one completion a row, nothing shared)."""
-    input_ids: torch.Tensor                                  # (R, N)
-    positions: torch.Tensor                                  # (R, N) a completion's go on from its prompt's end
-    lengths: torch.Tensor                                    # (R,)   real tokens of each row
-    tree: torch.Tensor | None                                # (R, N) which tree of the row; -1 = filler
-    branch: torch.Tensor | None                              # (R, N) which completion; -1 = prompt
-    read: torch.Tensor                                       # (T,)   where in R·N completion token t is predicted
-    target: torch.Tensor                                     # (T,)   the id of completion token t
-    owner: torch.Tensor                                      # (T,)   which of the K completions token t belongs to
-    last: torch.Tensor                                       # (K,)   where in R·N each completion's last token stands
-    count: int                                               # K, in the order of the groups given
+    """A micro-batch for one forward. Padded (a completion a row) it has no `tree` and `branch`."""
+    input_ids: torch.Tensor         # (R, N)
+    positions: torch.Tensor         # (R, N) a completion's go on from its prompt's end
+    lengths: torch.Tensor           # (R,)   tokens of each row, padding left out
+    tree: torch.Tensor | None       # (R, N) which tree of the row; -1 = padding
+    branch: torch.Tensor | None     # (R, N) which completion; -1 = prompt or padding
+    read: torch.Tensor              # (T,)   where in R·N completion token t is predicted
+    target: torch.Tensor            # (T,)   the id of completion token t
+    owner: torch.Tensor             # (T,)   which of the K completions token t belongs to
+    last: torch.Tensor              # (K,)   where in R·N each completion's last token stands
+    count: int                      # K, in the order of the groups given
 
     def to(self, device):
-        return Batch(*(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-                       for v in vars(self).values()))
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
 
 
-def _batch(rows, shared, count):
-    """Lay out rows of trees: rows = [[(prompt_ids, [(k, completion_ids), …]), …], …]."""
-    width = max(sum(len(p) + sum(len(c) for _, c in cs) for p, cs in row) for row in rows)
-    ids, positions, tree, branch = ([[] for _ in rows] for _ in range(4))
-    read, target, owner, last = ([None] * count for _ in range(4))
+def assemble(rows, count, shared):
+    """Lays out rows of Trees that hold K = count completions → Batch."""
+    lengths = [sum(map(Tree.size, row)) for row in rows]
+    width = max(lengths)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.zeros_like(input_ids)
+    tree_of = torch.full_like(input_ids, -1)
+    branch = torch.full_like(input_ids, -1)
+    read = [None] * count
+    target = [None] * count
+    last = [None] * count
+
     for r, row in enumerate(rows):
-        for number_, (prompt, completions) in enumerate(row):
-            assert prompt and all(c for _, c in completions), "an empty prompt or completion: nothing predicts it"
-            ids[r] += prompt
-            positions[r] += range(len(prompt))
-            tree[r] += [number_] * len(prompt)
-            branch[r] += [-1] * len(prompt)
-            end_of_prompt = r * width + len(ids[r]) - 1
-            for k, completion in completions:
-                start = r * width + len(ids[r])
-                ids[r] += completion
-                positions[r] += range(len(prompt), len(prompt) + len(completion))
-                tree[r] += [number_] * len(completion)
-                branch[r] += [k] * len(completion)
-                # The last prompt token predicts the first token of every completion; after that each token the next.
-                read[k] = [end_of_prompt, *range(start, start + len(completion) - 1)]
-                target[k], owner[k], last[k] = completion, [k] * len(completion), start + len(completion) - 1
-    lengths = torch.tensor([len(x) for x in ids])
-    fill = lambda xs, value: torch.tensor([x + [value] * (width - len(x)) for x in xs])  # noqa: E731
-    flat = lambda xs: torch.tensor([x for sub in xs for x in sub])  # noqa: E731
-    return Batch(fill(ids, 0), fill(positions, 0), lengths,
-                 fill(tree, -1) if shared else None, fill(branch, -1) if shared else None,
-                 flat(read), flat(target), flat(owner), torch.tensor(last), count)
+        at = 0
+        for t, tree in enumerate(row):
+            past = len(tree.prompt)
+            end_of_prompt = r * width + at + past - 1
+            for k, ids in [(-1, tree.prompt), *tree.completions]:
+                assert ids, "an empty prompt or completion: nothing predicts it"
+                place = slice(at, at + len(ids))
+                start = 0 if k < 0 else past
+                input_ids[r, place] = torch.tensor(ids)
+                positions[r, place] = torch.arange(start, start + len(ids))
+                tree_of[r, place] = t
+                branch[r, place] = k
+                if k >= 0:
+                    # The prompt's last token predicts a completion's first, each token the next.
+                    first = r * width + at
+                    last[k] = first + len(ids) - 1
+                    read[k] = torch.tensor([end_of_prompt, *range(first, last[k])])
+                    target[k] = torch.tensor(ids)
+                at += len(ids)
+
+    return Batch(
+        input_ids, positions, torch.tensor(lengths),
+        tree=tree_of if shared else None,
+        branch=branch if shared else None,
+        read=torch.cat(read),
+        target=torch.cat(target),
+        owner=torch.arange(count).repeat_interleave(torch.tensor(list(map(len, target)))),
+        last=torch.tensor(last),
+        count=count)
+
+
+def split_into_trees(groups, longest, even):
+    """Groups → Trees: several of a group where repeating its prompt costs less than one long tree.
+
+    With m completions of C tokens behind a prompt of P, each costs (P/m + C) tokens times
+    1 + (P + mC)/even for attention; that is least at mC = √(P (P + even)). So a long prompt stands
+    once, and many long completions of a short prompt do not pay for attending, masked, to each
+    other.
+    """
+    trees = []
+    k = 0
+    for group in groups:
+        prompt = len(group.prompt_ids)
+        room = min(longest - prompt, math.sqrt(prompt * (prompt + even)))
+        room = max(room, max(map(len, group.completion_ids)))
+        used = math.inf  # the first completion opens a tree
+        for ids in group.completion_ids:
+            if used + len(ids) > room:
+                trees.append(Tree(group.prompt_ids, []))
+                used = 0
+            trees[-1].completions.append((k, ids))
+            used += len(ids)
+            k += 1
+    return trees
+
+
+def fill_rows(trees, count):
+    """Trees, longest first, each into the emptiest of `count` rows → (tokens computed, rows)."""
+    rows = [[] for _ in range(count)]
+    lengths = [0] * count
+    for tree in trees:
+        emptiest = lengths.index(min(lengths))
+        rows[emptiest].append(tree)
+        lengths[emptiest] += tree.size()
+    return count * max(lengths), rows
 
 
 def pack(groups, row=ROW, tree=TREE, even=EVEN):
-    """Shared-prefix layout: each prompt once, its completions behind it, several such trees a row, hardly any filler.
+    """Shared-prefix layout: each prompt once with its completions behind it, several trees a row.
 
-    A group becomes several trees where that is cheaper. With m completions of C tokens behind a prompt of P, each
-    costs (P/m + C) tokens times 1 + (P + mC)/even for attention; that is least at mC = √(P (P + even)). So a long
-    prompt stands once, and many long answers to a short prompt do not pay for attending (masked) to each other.
+    The number of rows is the smallest that pads at most 5 %, or else the one that pads least.
     """
-    trees, count = [], 0
-    for group in groups:
-        prompt = len(group.prompt_ids)
-        room = max(min(tree - prompt, math.sqrt(prompt * (prompt + even))), max(map(len, group.completion_ids)))
-        part, used = [], 0
-        for completion in group.completion_ids:
-            if part and used + len(completion) > room:
-                trees.append((group.prompt_ids, part))
-                part, used = [], 0
-            part.append((count, completion))
-            used += len(completion)
-            count += 1
-        trees.append((group.prompt_ids, part))
-    size = lambda t: len(t[0]) + sum(len(c) for _, c in t[1])  # noqa: E731
-    trees.sort(key=size, reverse=True)
-    total, best = sum(map(size, trees)), None
-    for number_ in range(math.ceil(total / max(row, size(trees[0]))), len(trees) + 1):
-        rows, load = [[] for _ in range(number_)], [0] * number_
-        for t in trees:                                      # longest first, into the emptiest row: about equal rows
-            r = load.index(min(load))
-            rows[r].append(t)
-            load[r] += size(t)
-        if best is None or number_ * max(load) < best[0]:    # what is computed, filler included
-            best = number_ * max(load), rows
-        if best[0] <= 1.05 * total:
+    trees = sorted(split_into_trees(groups, tree, even), key=Tree.size, reverse=True)
+    tokens = sum(map(Tree.size, trees))
+    fewest = math.ceil(tokens / max(row, trees[0].size()))
+    layouts = []
+    for count in range(fewest, len(trees) + 1):
+        layouts.append(fill_rows(trees, count))
+        if layouts[-1][0] <= 1.05 * tokens:
             break
-    rows = best[1]
-    return _batch(rows, True, count)
+    _, rows = min(layouts, key=lambda layout: layout[0])
+    return assemble(rows, sum(len(g.completion_ids) for g in groups), shared=True)
 
 
 def pad(groups):
-    """The plain layout, right for any causal LM: one completion a row behind its own prompt, filled up right."""
-    flat = [(g.prompt_ids, ids) for g in groups for ids in g.completion_ids]
-    return _batch([[(p, [(k, ids)])] for k, (p, ids) in enumerate(flat)], False, len(flat))
+    """The plain layout, correct for any causal LM: a row for each completion, padded at its end."""
+    rows = []
+    for g in groups:
+        for ids in g.completion_ids:
+            rows.append([Tree(g.prompt_ids, [(len(rows), ids)])])
+    return assemble(rows, len(rows), shared=False)
 
 
 def lay_out(model, groups, packed):
-    """The batch of a micro-batch for this model: packed with rows that suit its width, or padded where it cannot pack.
+    """The batch of a micro-batch for this model: packed in rows that suit its width, or padded.
 
-    A layer of width h costs about 24 h² operations a token and attention 4 h times the row length: even at 6 h.
+    A layer of width h costs about 24 h² operations a token and attention 4 h times the row length:
+    even at 6 h.
     """
     if not packed:
         return pad(groups)
@@ -717,197 +1082,142 @@ def lay_out(model, groups, packed):
 
 
 def attention_mask(batch, config):
-    """What lets a completion see its own prompt and itself, causally. See "Why it is fast" in the README.
+    """What lets a completion see its own prompt and itself, causally; the README has a figure.
 
-    A token q attends to k where k is not later in the row, stands in the same tree, and is in the prompt or in q's own
-    completion. Sliding windows count by *position*, not by place in the row. SDPA takes booleans; attention run eagerly
-    adds the mask to the scores, so it must be 0 / very negative (a boolean would be added as 0 and 1, silently wrong).
+    A token attends to those that are not later in the row, stand in the same tree, and are in the
+    prompt or in its own completion: (R, 1, N, N), or a dict of two for models with two types of
+    layers. Sliding windows count by *position*, not by place in the row. SDPA takes booleans;
+    eager attention adds the mask to the scores, so there it is 0 or very negative (a boolean would
+    be added as 0 and 1, silently wrong). Padded: (R, N), True where there is a token.
     """
+    places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     if batch.tree is None:
-        return torch.arange(batch.input_ids.shape[1], device=batch.lengths.device) < batch.lengths[:, None]   # (R, N)
-    place = torch.arange(batch.tree.shape[1], device=batch.tree.device)
-    q, k = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    mask = (q(batch.tree) == k(batch.tree)) & (place[:, None] >= place)
-    mask &= (k(batch.branch) == -1) | (q(batch.branch) == k(batch.branch))
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    masks = {"full_attention": mask}                         # (R, N, N)
-    if window:
-        masks["sliding_attention"] = mask & (q(batch.positions) - k(batch.positions) < window)
+        return places < batch.lengths[:, None]
+
+    # Queries stand in [:, :, None], keys in [:, None].
+    mask = (batch.tree[:, :, None] == batch.tree[:, None]) & (places[:, None] >= places)
+    own = batch.branch[:, :, None] == batch.branch[:, None]
+    mask &= own | (batch.branch[:, None] == -1)
+    masks = {"full_attention": mask[:, None]}
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        near = batch.positions[:, :, None] - batch.positions[:, None] < window
+        masks["sliding_attention"] = (mask & near)[:, None]
     if config._attn_implementation == "eager":
         lowest = torch.finfo(torch.float32).min
-        masks = {name: torch.zeros(m.shape, device=m.device).masked_fill(~m, lowest) for name, m in masks.items()}
-    masks = {name: m[:, None] for name, m in masks.items()}  # (R, 1, N, N)
+        masks = {name: torch.where(seen, 0.0, lowest) for name, seen in masks.items()}
+
     types = set(getattr(config, "layer_types", None) or [])
     if len(types) > 1:
-        return masks                                         # layers of both sorts: the model picks by layer
-    return masks["sliding_attention" if window and types != {"full_attention"} else "full_attention"]
+        return masks  # the model picks by layer
+    if "sliding_attention" in masks and types != {"full_attention"}:
+        return masks["sliding_attention"]
+    return masks["full_attention"]
 
 
-# ⑤ log-probs ----------------------------------------------------------------------------------------------------------
+# ⑤ log-probs --------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 26      # logits computed at once (256 MiB in float32)
 
 
 def hidden_states(model, batch):
-    """Last hidden states at every place of the batch: (R·N, d), in the dtype that the model computes in."""
+    """Last hidden states at every place of the batch: (R·N, d), in the dtype of the compute."""
     backbone = getattr(model, model.base_model_prefix)
-    takes = inspect.signature(backbone.forward).parameters
-    extra = {"position_ids": batch.positions} if "position_ids" in takes else {}
-    mask = attention_mask(batch, backbone.config)
-    out = backbone(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **extra)
-    return out.last_hidden_state.flatten(0, 1)
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    inputs["attention_mask"] = attention_mask(batch, backbone.config)
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = batch.positions
+    return backbone(**inputs).last_hidden_state.flatten(0, 1)
 
 
 def head_logits(model, hidden):
     """The language-model head and what some models do after it, in float32: (n, d) → (n, V)."""
-    logits, config = model.get_output_embeddings()(hidden).float(), model.config
-    if scale := getattr(config, "logit_scale", None):                    # cohere
-        logits = logits * scale
-    if scale := getattr(config, "logits_scaling", None):                 # granite
-        logits = logits / scale
-    if cap := getattr(config, "final_logit_softcapping", None):          # gemma2, gemma3
+    logits = model.get_output_embeddings()(hidden).float()
+    logit_scale = getattr(model.config, "logit_scale", None)             # cohere
+    if logit_scale:
+        logits = logits * logit_scale
+    logits_scaling = getattr(model.config, "logits_scaling", None)       # granite
+    if logits_scaling:
+        logits = logits / logits_scaling
+    cap = getattr(model.config, "final_logit_softcapping", None)         # gemma2, gemma3
+    if cap:
         logits = torch.tanh(logits / cap) * cap
     return logits
 
 
-class _GatherLogSoftmax(torch.autograd.Function):
+class GatherLogSoftmax(torch.autograd.Function):
     """log_softmax(logits)[target] in the memory of the logits: (n, V), (n,) → (n,).
 
-    The forward leaves the unnormalised probabilities where the logits were, the backward the gradient; usual operations
-    would hold three such arrays, and with 150,000 tokens to choose from they are the largest there are. The logits must
+    The forward leaves the unnormalised probabilities where the logits were, the backward the
+    gradient; usual operations would hold three such arrays, the largest there are. The logits must
     be nobody else's, and the backward runs once.
     """
 
     @staticmethod
     def forward(ctx, logits, target):
-        chosen, top = logits.gather(1, target[:, None])[:, 0], logits.amax(1)
-        total = logits.sub_(top[:, None]).exp_().sum(1)
+        chosen = logits.gather(1, target[:, None])[:, 0]     # (n,)
+        top = logits.amax(1)                                 # (n,)
+        total = logits.sub_(top[:, None]).exp_().sum(1)      # (n,)
         ctx.save_for_backward(logits, total, target)
+        ctx.spent = False
         return chosen - top - total.log()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):                                 # d logp / d logits = one-hot(target) − softmax(logits)
-        if getattr(ctx, "spent", False):
-            raise RuntimeError("the log-probs of a batch can be differentiated once: their memory is used again")
+    def backward(ctx, grad):  # d logp / d logits = one-hot(target) − softmax(logits)
+        if ctx.spent:
+            raise RuntimeError("the log-probs of a batch can be differentiated once: their memory "
+                               "is used again")
         ctx.spent = True
         logits, total, target = ctx.saved_tensors
-        return logits.mul_(-(grad / total)[:, None]).scatter_add_(1, target[:, None], grad[:, None]), None
+        logits.mul_(-(grad / total)[:, None])
+        return logits.scatter_add_(1, target[:, None], grad[:, None]), None
 
 
 def token_logps(model, batch, temperature=1.0):
-    """log π(y_t | x, y_<t) of every completion token at a temperature: (T,) float32. batch.owner says whose it is.
+    """log π(y_t | x, y_<t) of every completion token, batch.owner says whose: (T,) float32.
 
-    The head runs only where a completion token is predicted, in chunks, and a chunk is recomputed in the backward
-    instead of kept (without `checkpoint` all chunks would be kept and chunking would save nothing). All but the last:
-    its backward comes first, so at the peak it is there anyway, and a batch of one chunk recomputes nothing.
+    The head runs only where a completion token is predicted, in chunks, and a chunk is recomputed
+    in the backward instead of kept. All but the last: its backward comes first, so at the peak it
+    is there anyway, and a batch of one chunk recomputes nothing.
     """
     batch = batch.to(next(model.parameters()).device)
-    if batch.tree is None:                                   # the fallback asks the model itself for logits
+    if batch.tree is None:  # padded: for models that are known only from outside
         mask = attention_mask(batch, model.config)
         logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.read].float() / temperature
         return logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
+
+    def logps(hidden, target):                               # (n, d), (n,) → (n,)
+        logits = head_logits(model, hidden)
+        if temperature != 1:
+            logits = logits / temperature
+        return GatherLogSoftmax.apply(logits, target)
+
     hidden = hidden_states(model, batch)[batch.read]         # (T, d)
-
-    def logps(h, target):                                    # (n, d), (n,) → (n,)
-        logits = head_logits(model, h)
-        return _GatherLogSoftmax.apply(logits / temperature if temperature != 1 else logits, target)
-
     size = max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
     whole, rest = divmod(len(hidden), size)
-    sizes = [rest] * (rest > 0) + [size] * whole             # the kept one is a full one
-    chunks = list(zip(hidden.split(sizes), batch.target.split(sizes)))
-    done = [checkpoint(logps, h, t, use_reentrant=False) if torch.is_grad_enabled() else logps(h, t)
-            for h, t in chunks[:-1]]
-    return torch.cat(done + [logps(*chunks[-1])])
+    sizes = [rest] * (rest > 0) + [size] * whole             # the last one is a whole one
+    *earlier, last = zip(hidden.split(sizes), batch.target.split(sizes))
+    done = [checkpoint(logps, *chunk, use_reentrant=False) for chunk in earlier]
+    return torch.cat([*done, logps(*last)])
 
 
-def sum_by_completion(values, batch):
-    """(T,) per token → (K,) per completion."""
-    return values.new_zeros(batch.count).index_add(0, batch.owner.to(values.device), values)
+def sum_by(values, owner, count):
+    """(T,) values of tokens → (count,) sums; owner (T,) says which sum a token belongs to."""
+    return values.new_zeros(count).index_add(0, owner.to(values.device), values)
 
 
-def load_encoder(path, template_file=None, chat=False, flag="--model"):
-    """The Encoder of a model directory or hub id, without its weights: bad data is found before they are loaded."""
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    except NOT_LOADED as error:
-        why = str(error).strip().splitlines()[0]
-        fail(f"{flag} {path}: neither a model directory nor a hub id that could be loaded ({why}).")
-    try:
-        generation_config = GenerationConfig.from_pretrained(path)
-    except OSError as error:                                 # many checkpoints have none
-        if (Path(path) / "generation_config.json").exists():
-            fail(f"{flag} {path}: generation_config.json cannot be read ({str(error).strip().splitlines()[0]}).")
-        generation_config = None
-    return Encoder(tokenizer, config, generation_config, template_file, chat)
-
-
-def check_vocabulary(model, encoder, what):
-    """Every id of the tokeniser must have an embedding."""
-    if (top := max(encoder.tokenizer.get_vocab().values())) >= (rows := model.get_input_embeddings().weight.shape[0]):
-        fail(f"{what}: the tokeniser has ids up to {top}, the model {rows} embeddings; they do not belong together.")
-
-
-def load_model(path, encoder, device, flag="--model"):
-    """A causal LM in float32 and in eval mode: dropout would make policy and reference differ from the first step.
-
-    Float32 masters on purpose: bfloat16 weights under AdamW at lr 1e-6 realise about 2 % of the update. Only
-    safetensors are read, never a pickle, and code from the checkpoint is never run.
-    """
-    architectures = AutoConfig.from_pretrained(path).architectures or []
-    if any("SequenceClassification" in a for a in architectures):        # where embeddings are tied no weight is missing
-        fail(f"{flag} {path}: {architectures[0]} is a reward model, not a language model.")
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except NOT_LOADED as error:
-        fail(f"{flag} {path}: cannot be loaded as a causal language model ({str(error).strip().splitlines()[0]}).")
-    if missing := sorted(info["missing_keys"]):
-        fail(f"{flag} {path}: the checkpoint lacks {missing[0]}, which would be random; is it a causal language model?")
-    check_vocabulary(model, encoder, f"{flag} {path}")
-    return model.to(device).eval()
-
-
-def load_reward_model(path, encoder, device, flag="--reward-model", new_head=False):
-    """A reward model in float32 and eval mode: the backbone and one linear head without bias, a plain
-    AutoModelForSequenceClassification with one label.
-
-    new_head=True is for training: a causal LM gets a new random head (torch's generator), a reward model keeps its own.
-    For scoring a missing head is an error, since a random one would give numbers that look like scores.
-    """
-    config = AutoConfig.from_pretrained(path)
-    trained = any("SequenceClassification" in a for a in config.architectures or [])
-    if trained and config.num_labels != 1:
-        fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
-    if not trained and not new_head:
-        kind = (config.architectures or ["no model that is known"])[0]
-        fail(f"{flag} {path} is {kind}, not a reward model: its head would be random; train one with train_rm.py.")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()               # its table of missing weights: checked below
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except NOT_LOADED as error:
-        fail(f"{flag} {path}: cannot be loaded as a reward model ({str(error).strip().splitlines()[0]}).")
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = sorted(k for k in info["missing_keys"] if trained or not k.startswith("score."))
-    if missing:
-        fail(f"{flag} {path}: the checkpoint lacks {missing[0]}, which would be random.")
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        fail(f"{flag} {path}: {type(model).__name__} has no linear head called score.")
-    check_vocabulary(model, encoder, f"{flag} {path}")
-    pad_id = encoder.tokenizer.pad_token_id
-    model.config.pad_token_id = encoder.eos if pad_id is None else pad_id
-    return model.to(device).eval()
+def completion_logps(model, batch):
+    """log π(y|x) of every completion, its end token included: (K,) float32."""
+    return sum_by(token_logps(model, batch), batch.owner, batch.count)
 
 
 def reward_scores(model, batch):
-    """The reward of every completion of a batch, read at its last token by length, never by token id: (K,) float32.
+    """The reward of every completion, read at its last token, found by length: (K,) float32.
 
-    Backbone in the dtype of autocast, head in float32: in bfloat16 2,000 scores near 4 collapse to 90 values.
+    Backbone in the dtype of autocast, head in float32: in bfloat16 2,000 scores near 4 collapse to
+    90 values.
     """
     batch = batch.to(next(model.parameters()).device)
     hidden = hidden_states(model, batch)[batch.last]         # (K, d)
@@ -916,51 +1226,192 @@ def reward_scores(model, batch):
 
 
 @torch.no_grad()
-def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
-    """Check, do not trust: a few groups through the packed and through the plain padded forward, in float32.
+def for_all(measure, model, groups, budget, packed, autocast, progress):
+    """measure(model, batch) of all groups, by micro-batches → one column, float32 on the CPU.
 
-    measure(model, batch): what is compared, token_logps or reward_scores. At most two completions of a group are used.
-
-    Each group is one tree, however training would split it (even=∞). The shortest groups, together in one row, where a
-    state that runs on from tree to tree would show (Mamba); where the model has a sliding window also the shortest group
-    that exceeds it; and the longest, since a model may have a window that its config calls otherwise and that counts by
-    place in the row (GPT-Neo). Returns whether they agree, and says so
-    in one line where they do not: then the padded path serves, slower but right for any causal LM.
+    It holds the values of all completions, groups in order: one for each completion, (N,), or one
+    for each of their tokens, as measure gives them.
     """
-    two = [Group(g.where, g.prompt, [], prompt_ids=g.prompt_ids, completion_ids=g.completion_ids[:2])
-           for g in groups if g.completion_ids]
-    by_size = sorted(two, key=Group.tokens)
-    window = getattr(model.config, "sliding_window", None) or math.inf
-    short, long = by_size[:3], by_size[3:]
-    long = [g for g in long[:-1] if len(g.prompt_ids) + max(map(len, g.completion_ids)) > window][:1] + long[-1:]
+    parts = {}                                               # id of a group → its values
+    bar = progress_bar(len(groups), progress, "row")
+    for micro in micro_batches(groups, budget, packed):
+        batch = lay_out(model, micro, packed)
+        with autocast:
+            values = measure(model, batch).float().cpu()
+        # (T,) or (K,)? Where both are as long, every completion has one token: they are the same.
+        sizes = [len(g.completion_ids) for g in micro]
+        if len(values) == len(batch.target):
+            sizes = [sum(map(len, g.completion_ids)) for g in micro]
+        parts |= zip(map(id, micro), values.split(sizes))
+        bar.update(len(micro))
+    bar.close()
+    return torch.cat([parts[id(g)] for g in groups])
+
+
+@torch.no_grad()
+def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
+    """Whether measure(model, batch) gives the same packed and padded: checked, not trusted.
+
+    A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
+    three in one row, where a state that runs on from tree to tree would show (Mamba); and the
+    longest, where a window that counts by place in the row would (GPT-Neo). Where the two differ
+    one line says that training falls back to padding, slower but correct for any causal LM.
+    """
+    two = [replace(g, completion_ids=g.completion_ids[:2]) for g in groups if g.completion_ids]
+    two.sort(key=Group.tokens)
+    worst = 0.0
     try:
-        worst = 0.0
-        for few in [short] + [[g] for g in long]:
+        for few in (two[:3], [max(two, key=Group.longest)]):
             packed = measure(model, pack(few, row=sum(map(Group.tokens, few)), even=math.inf))
-            worst = max(worst, (packed - measure(model, pad(few))).abs().max().item())
-        why = None if worst <= tolerance else f"its numbers differ by {worst:.2g}"
-    except Exception as error:                               # a model that takes no such mask may fail in any way
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    if why:
-        print(f"packed forward fails with {type(model).__name__} ({why:.120}): using the padded one, slower and right")
-    return why is None
+            difference = packed - measure(model, pad(few))
+            worst = max(worst, difference.abs().max().item())
+        reason = None if worst <= tolerance else f"its numbers differ by {worst:.2g}"
+    except Exception as error:  # a model that takes no such mask may fail in any way
+        reason = first_line(error)
+    if reason:
+        print(f"packed forward fails with {type(model).__name__} ({reason:.120}): falling back to "
+              "padding, slower but correct")
+    return reason is None
 
 
-# ⑥ sample -------------------------------------------------------------------------------------------------------------
+# ⑥ models -----------------------------------------------------------------------------------------
+
+def read_config(path, flag):
+    with failing(f"{flag} {path}: neither a model directory nor a hub id that could be loaded"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_encoder(path, template_file=None, chat=False, flag="--model"):
+    """The Encoder of a model directory or hub id. No weights: bad data is found before them."""
+    config = read_config(path, flag)
+    generation_config = None
+    try:
+        generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:  # many checkpoints have none
+        if (Path(path) / "generation_config.json").exists():
+            fail(f"{flag} {path}: generation_config.json cannot be read ({first_line(error)}).")
+    with failing(f"{flag} {path}: its tokeniser cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return Encoder(tokenizer, config, generation_config, template_file, chat)
+
+
+def check_same_tokeniser(encoder, other, what):
+    """Log-probs of two models can be compared only where they read the same ids."""
+    if encoder.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        fail(f"{what}: its tokeniser differs from the policy's, so log-probs cannot be compared.")
+
+
+def load_weights(auto_class, path, encoder, device, flag, new=(), **options):
+    """from_pretrained, checked: no weight is missing, save those `new`, or not a number.
+
+    Float32 masters on purpose: bfloat16 weights under AdamW at lr 1e-6 realise about 2 % of the
+    update. Only safetensors are read, never a pickle, and code from the checkpoint is never run.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()              # one bar at a time: ours
+    transformers_logging.set_verbosity_error()               # no table of missing weights
+    try:
+        with failing(f"{flag} {path}: cannot be loaded"):
+            model, info = auto_class.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, **options)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+    missing = [name for name in sorted(info["missing_keys"]) if not name.startswith(tuple(new))]
+    if missing:
+        fail(f"{flag} {path}: the checkpoint lacks {missing[0]}, which would be random.")
+    top = max(encoder.tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    if top >= rows:
+        fail(f"{flag} {path}: the tokeniser has ids up to {top}, the model {rows} embeddings; they "
+             "do not belong together.")
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            fail(f"{flag} {path}: its weight {name} holds NaN or an infinity; the run that made it "
+                 "diverged.")
+    return model.to(device).eval()
+
+
+def load_model(path, encoder, device, flag="--model"):
+    """A causal LM in float32 and eval mode: dropout would make policy and reference differ."""
+    for name in read_config(path, flag).architectures or []:
+        if "SequenceClassification" in name:  # where embeddings are tied no weight is missing
+            fail(f"{flag} {path}: {name} is a reward model, not a language model.")
+    return load_weights(AutoModelForCausalLM, path, encoder, device, flag)
+
+
+def load_reward_model(path, encoder, device, flag="--reward-model", new_head=False):
+    """A reward model in float32 and eval mode: AutoModelForSequenceClassification with one label.
+
+    new_head=True is for training: a causal LM gets a new random head (torch's generator), a reward
+    model keeps its own. For scoring a missing head is an error, since a random one would give
+    numbers that look like scores.
+    """
+    config = read_config(path, flag)
+    names = config.architectures or ["an unknown model"]
+    trained = any("SequenceClassification" in name for name in names)
+    if trained and config.num_labels != 1:
+        fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
+    if not trained and not new_head:
+        fail(f"{flag} {path} is {names[0]}, not a reward model: its head would be random; train "
+             "one with train_rm.py.")
+
+    new = () if trained else ("score.",)
+    model = load_weights(
+        AutoModelForSequenceClassification, path, encoder, device, flag, new, num_labels=1)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        fail(f"{flag} {path}: {type(model).__name__} has no linear head called score.")
+    pad_id = encoder.tokenizer.pad_token_id
+    model.config.pad_token_id = encoder.eos if pad_id is None else pad_id
+    return model
+
+
+def calibrate(scores, lengths, curve, mean):
+    """Scores without what their length explains: score − curve(length) + mean, (n,) float64.
+
+    Huang et al. 2024, arXiv 2409.17407. scores, lengths: (n,); curve: see length_curve(). Between
+    its knots straight lines, beyond the ends constant: a line there would be an extrapolation.
+    """
+    knots, values = zip(*curve)
+    expected = torch.from_numpy(numpy.interp(lengths, knots, values))
+    return torch.as_tensor(scores, dtype=torch.float64) - expected + mean
+
+
+def length_curve(scores, lengths, bins=20):
+    """[[mean length, mean score], …] of about equally full bins: what length alone predicts.
+
+    The paper of calibrate() fits a locally weighted regression; means of bins serve as well.
+    """
+    lengths = torch.as_tensor(lengths, dtype=torch.float64)
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    edges = lengths.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).unique()
+    bin_of = torch.searchsorted(edges, lengths).clamp(min=1)
+    curve = []
+    for one in bin_of.unique():
+        inside = bin_of == one
+        curve.append([lengths[inside].mean().item(), scores[inside].mean().item()])
+    return curve
+
+
+# ⑦ sample -----------------------------------------------------------------------------------------
 
 @dataclass
 class Sample:
-    ids: list                                                # with the end token where it ended by itself
-    logps: list                                              # their log-probs at the sampling temperature, before top-p
-    ended: bool                                              # False: cut at max_new_tokens
+    """A sampled completion."""
+    ids: list                       # with the end token where it ended by itself
+    logps: list                     # of these ids at the sampling temperature, before top-p
+    ended: bool                     # False: truncated at max_new_tokens
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer that takes room for 64 tokens at a time; transformers' own copies all of itself for every token."""
-    room = None                                              # 2 × (rows, heads, used + free, d); keys, values view it
+    """A cache layer that takes room for 64 tokens at a time; transformers' own copies all of itself
+    for every token."""
+    room = None  # keys and values with free places behind them: 2 × (rows, heads, used + free, d)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        used, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        used = self.keys.shape[-2]
+        end = used + key_states.shape[-2]
         if self.room is None or end > self.room[0].shape[-2]:
             self.room = [F.pad(old, (0, 0, 0, end - used + 63)) for old in (self.keys, self.values)]
         for room, new in zip(self.room, (key_states, value_states)):
@@ -970,145 +1421,366 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self.room = None                                     # rows left: keys and values are copies now
+        self.room = None  # rows left: keys and values are copies now
+
+
+def uniforms(prompts, n, max_new_tokens, seed):
+    """Uniform numbers for n completions of each of P prompts: (P, n, max_new_tokens) float64.
+
+    Seeded by the prompt and by how often it came before, so its place in the list does not matter.
+    """
+    seen = Counter()
+    rows = []
+    for prompt in prompts:
+        key = str(prompt)
+        seen[key] += 1
+        digest = hashlib.sha256(f"{seed} {key} {seen[key]}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        rows.append(torch.rand(n, max_new_tokens, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
 
 
 @torch.no_grad()
-def sample(model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False, seed=0,
-           cache_tokens=2 ** 17, progress=None):
-    """n answers for each prompt (lists of ids) → for each prompt a list of n Samples.
+def sample(
+        model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False,
+        seed=0, cache_tokens=2 ** 17, progress=None):
+    """n completions of each of P prompts (lists of ids) → P·n Samples, number i of prompt i // n.
 
-    Each prompt is prefilled once and its cache repeated n times; answers that ended leave the batch. Nothing is taken
-    from the checkpoint's generation_config. Sampling inverts the CDF at uniforms that are drawn up front, seeded by the
-    prompt: so what is sampled depends neither on the batch and order of the prompts nor on when others end.
-    cache_tokens bounds rows × (prompt + answer) of one batch: memory only.
+    Each prompt is prefilled once and its cache repeated n times; completions that ended leave the
+    batch. Nothing is taken from the checkpoint's generation_config. Sampling inverts the CDF at
+    uniforms that are drawn up front, seeded by the prompt: in float32 what is sampled depends
+    neither on the batch and order of the prompts nor on when others end. In bfloat16 rounding
+    depends on the batch, and a token now and then with it. cache_tokens bounds rows × (prompt +
+    completion) of one batch: memory only.
     """
     if not greedy and not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(f"sampling needs temperature > 0 and 0 < top_p <= 1, not {temperature} and {top_p}; "
-                         "greedy=True is the limit T → 0")
-    device, was_training = next(model.parameters()).device, model.training
-    temperature = 1.0 if greedy else temperature
+        raise ValueError(f"sampling needs temperature > 0 and 0 < top_p <= 1, not {temperature} "
+                         f"and {top_p}; greedy=True is the limit T → 0")
     if not prompts:
         return []
-    uniform, seen = [], Counter()
-    for prompt in prompts:                                   # a prompt has its own numbers, at whatever place it stands
-        seen[key] = seen[(key := str(prompt))] + 1
-        own = int.from_bytes(hashlib.sha256(f"{seed} {key} {seen[key]}".encode()).digest()[:7], "big")
-        uniform.append(torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(own), dtype=torch.float64))
-    uniform = torch.stack(uniform)                           # (P, n, max_new_tokens)
-    takes = inspect.signature(model.forward).parameters
-    stop = torch.tensor(stops, device=device)
-    results = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    bar = tqdm(total=len(prompts) * n, desc=progress, unit="answer", leave=False, disable=None if progress else True)
-    model.eval()                                             # train mode with checkpointing silently drops the cache
+    numbers = uniforms(prompts, n, max_new_tokens, seed)
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results = [None] * (len(prompts) * n)
+    bar = progress_bar(len(results), progress, "sample")
+    was_training = model.training
+    model.eval()  # train mode with checkpointing silently drops the cache
     try:
-        while order:
-            width = len(prompts[order[0]])
-            size = 1                                         # as many prompts, alike in length, as the cache can hold
-            while size < len(order) and (size + 1) * n * (len(prompts[order[size]]) + max_new_tokens) <= cache_tokens:
+        while waiting:
+            # As many prompts, alike in length, as the cache can hold.
+            size = 1
+            for i in waiting[1:]:
+                if (size + 1) * n * (len(prompts[i]) + max_new_tokens) > cache_tokens:
+                    break
                 size += 1
-            batch, order = order[:size], order[size:]
-            width = len(prompts[batch[-1]])                  # filled up on the left: all answers begin in one column
-            ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in batch], device=device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            rows = torch.arange(size * n, device=device)     # rows still running, as indices into the outputs below
-            u = uniform[batch].flatten(0, 1).to(device)      # (size·n, max_new_tokens)
-            out_ids = torch.zeros(size * n, max_new_tokens, dtype=torch.long, device=device)
-            out_logps = torch.zeros(size * n, max_new_tokens, device=device)
-            length = torch.full((size * n,), max_new_tokens, device=device)
-            ended = torch.zeros(size * n, dtype=torch.bool, device=device)
-            cache = None
-            for t in range(max_new_tokens):
-                extra = {"position_ids": positions} if "position_ids" in takes else {}
-                extra |= {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-                out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-                logits = out.logits[:, -1].float() / temperature                 # (rows, V)
-                if cache is None:                            # prefilled: each prompt's cache, mask and logits n times
-                    cache = getattr(out, "past_key_values", None)
-                    if cache is None:
-                        fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here.")
-                    for layer in getattr(cache, "layers", []):
-                        if type(layer) is DynamicLayer:      # sliding windows and linear attention keep their own
-                            layer.__class__ = RoomyLayer
-                    cache.reorder_cache(torch.arange(size, device=device).repeat_interleave(n))
-                    logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
-                logp = logits.log_softmax(-1)
-                if greedy:
-                    token = logp.argmax(-1)
-                else:
-                    token = draw(logp.exp(), u[rows, t], top_p)
-                out_ids[rows, t] = token
-                out_logps[rows, t] = logp.gather(1, token[:, None])[:, 0]
-                done = torch.isin(token, stop)
-                if done.any():                               # finished rows leave: cost follows the tokens made
-                    length[rows[done]] = t + 1
-                    ended[rows[done]] = True
-                    stay = (~done).nonzero()[:, 0]
-                    bar.update(int(done.sum()))
-                    if len(stay) == 0:
-                        break
-                    cache.reorder_cache(stay)                # unlike batch_select_indices also for linear attention
-                    rows, token, mask, positions = rows[stay], token[stay], mask[stay], positions[stay]
-                ids, positions = token[:, None], positions + 1
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            bar.update(int((~ended).sum()))
-            out_ids, out_logps, length, ended = (x.tolist() for x in (out_ids, out_logps, length, ended))
-            samples = [Sample(i[:m], p[:m], e) for i, p, m, e in zip(out_ids, out_logps, length, ended)]
+            batch = waiting[:size]
+            waiting = waiting[size:]
+            samples = sample_batch(
+                model, [prompts[i] for i in batch], numbers[batch], stops,
+                1.0 if greedy else temperature, top_p, greedy, bar)
             for j, i in enumerate(batch):
-                results[i] = samples[j * n:(j + 1) * n]
+                results[i * n:(i + 1) * n] = samples[j * n:(j + 1) * n]
     finally:
         model.train(was_training)
         bar.close()
     return results
 
 
+def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar):
+    """Prompts that share a cache, the longest last → Samples. uniform: (P, n, max_new_tokens)."""
+    device = next(model.parameters()).device
+    takes = inspect.signature(model.forward).parameters
+    n, max_new_tokens = uniform.shape[1:]
+    uniform = uniform.flatten(0, 1).to(device)               # (P·n, max_new_tokens)
+    stop = torch.tensor(stops, device=device)
+
+    # Padded on the left: all completions begin in one column.
+    width = len(prompts[-1])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    rows = torch.arange(len(uniform), device=device)         # which completions still run
+    steps = []                                               # (rows, their tokens, the log-probs)
+    cache = None
+    for t in range(max_new_tokens):
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        if "position_ids" in takes:
+            inputs["position_ids"] = positions
+        if "logits_to_keep" in takes:
+            inputs["logits_to_keep"] = 1
+        out = model(**inputs, use_cache=True)
+        logits = out.logits[:, -1].float() / temperature     # (rows, V)
+
+        if cache is None:                                    # prefilled: now every prompt n times
+            cache = repeat_cache(model, out, len(prompts), n)
+            logits = logits.repeat_interleave(n, 0)
+            mask = mask.repeat_interleave(n, 0)
+            positions = positions[:, -1:].repeat_interleave(n, 0)
+
+        logp = logits.log_softmax(-1)
+        token = logp.argmax(-1) if greedy else draw(logp.exp(), uniform[rows, t], top_p)
+        steps.append((rows, token, logp.gather(1, token[:, None])[:, 0]))
+
+        done = torch.isin(token, stop)
+        if done.any():                                       # cost follows the tokens made
+            bar.update(int(done.sum()))
+            running = (~done).nonzero()[:, 0]
+            if len(running) == 0:
+                break
+            cache.reorder_cache(running)  # unlike batch_select_indices also for linear attention
+            rows = rows[running]
+            token = token[running]
+            mask = mask[running]
+            positions = positions[running]
+        ids = token[:, None]
+        positions = positions + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+
+    samples = [Sample([], [], False) for _ in uniform]
+    for step in steps:
+        for row, token, logp in zip(*[column.tolist() for column in step]):
+            samples[row].ids.append(token)
+            samples[row].logps.append(logp)
+            samples[row].ended = token in stops
+    bar.update(sum(not s.ended for s in samples))
+    return samples
+
+
+def repeat_cache(model, out, prompts, n):
+    """The cache of a prefill, each prompt's row n times, in layers that take room ahead."""
+    cache = getattr(out, "past_key_values", None)
+    if cache is None:
+        fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here.")
+    for layer in getattr(cache, "layers", []):
+        if type(layer) is DynamicLayer:  # sliding windows and linear attention keep their own
+            layer.__class__ = RoomyLayer
+    device = next(model.parameters()).device
+    cache.reorder_cache(torch.arange(prompts, device=device).repeat_interleave(n))
+    return cache
+
+
 def draw(probs, u, top_p=1.0):
-    """Inverse CDF: the first token whose cumulative probability exceeds u. probs (n, V), u (n,) in [0, 1) → (n,)."""
-    if top_p < 1:                                            # the smallest set of tokens that holds at least top_p
+    """Inverse CDF: the first token whose cumulative probability exceeds u; (n, V), (n,) → (n,)."""
+    if top_p < 1:  # the smallest set of tokens that holds at least top_p
         p, index = probs.sort(-1, descending=True)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(1, index, p)
-    wide = torch.float32 if probs.device.type == "mps" else torch.float64    # float32 sums of 150,000 lose the tail
+    # Float32 sums of 150,000 lose the tail.
+    wide = torch.float32 if probs.device.type == "mps" else torch.float64
     cdf = probs.cumsum(-1, dtype=wide)
-    token = torch.searchsorted(cdf, (u.to(wide) * cdf[:, -1])[:, None], right=True)[:, 0]
+    at = u.to(wide) * cdf[:, -1]
+    token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
     return token.clamp(max=probs.shape[1] - 1)
 
 
-# ⑦ length -------------------------------------------------------------------------------------------------------------
+# ⑧ run directory ----------------------------------------------------------------------------------
 
-def lowess(x, y, at, frac=0.5):
-    """Locally weighted regression (Cleveland 1979, one pass): the value at each `at` of a line fitted around it.
+# What may differ between the start of a run and --resume, since it changes no result.
+FREE = {
+    "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
+    "device"}
+# What a user may change on purpose; it is said, for from here on the run is another one.
+ANNOUNCED = {"max_steps", "epochs", "learning_rate"}
 
-    x, y (n,), at (a,) → (a,) float64. The nearest frac·n points take part, with tricube weights that end at 0 at the
-    farthest of them. Where they all have one x there is no slope to fit, and the value is their mean.
+
+def check_inputs(args, names):
+    """What a run reads must not lie in --output-dir: a new run would move it away or replace it.
+
+    names: of the flags that may name a file or a directory, or a list of them.
     """
-    x, y, at = (torch.as_tensor(v, dtype=torch.float64) for v in (x, y, at))
-    distance = (x - at[:, None]).abs()                                           # (a, n)
-    reach = distance.kthvalue(min(len(x), max(1, math.ceil(frac * len(x)))), 1).values[:, None]
-    tricube = (1 - (distance / reach.clamp(min=1e-12)).clamp(max=1) ** 3) ** 3
-    # A reach of 0: so many points stand right here that no other is needed.
-    weight = torch.where(reach > 0, tricube, (distance == 0).double())
-    # All within reach may stand at its edge, where the weight is 0 (two lengths, `at` between): then all count alike.
-    weight = torch.where(weight.sum(1, keepdim=True) > 1e-9, weight, (distance <= reach).double())
-    weight = weight / weight.sum(1, keepdim=True)
-    mean_x, mean_y = weight @ x, weight @ y                                      # (a,)
-    dx, dy = x - mean_x[:, None], y - mean_y[:, None]                            # (a, n)
-    var = (weight * dx ** 2).sum(1)
-    slope = torch.where(var > 1e-9, (weight * dx * dy).sum(1) / var.clamp(min=1e-9), 0.0)
-    return mean_y + slope * (at - mean_x)
+    out = Path(args.output_dir).resolve()
+    for name in names:
+        value = getattr(args, name)
+        for path in filter(None, value if isinstance(value, list) else [value]):
+            where = Path(path).resolve()
+            if where.exists() and out in (where, *where.parents):
+                fail(f"--{name.replace('_', '-')} {path} lies in --output-dir, where this run "
+                     "writes: choose another --output-dir.")
 
 
-def calibrate(score, length, curve, mean):
-    """Scores without what their length explains: score − curve(length) + mean (Huang et al. 2024, arXiv 2409.17407).
+def write_beside(file, text):
+    """Writes a file under another name, then renames it: a reader or a kill finds it whole."""
+    writing = file.with_name(file.name + ".writing")
+    writing.write_text(text, encoding="utf-8")
+    os.replace(writing, file)
 
-    curve: [[length, fitted score], …] by length, config.reward_by_length; mean: config.reward_mean. Between knots
-    straight lines, beyond the ends constant: a line there would be an extrapolation. score, length (n,) → (n,) float64.
+
+def write_lines(file, rows):
+    write_beside(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(file):
+    """The objects of a .jsonl file that a run writes; a last line that a kill tore is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def log(out, step, values):
+    """One more line of metrics.jsonl. What is not finite becomes null: JSON has no NaN."""
+    row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step} | row) + "\n")
+
+
+def data_fingerprint(groups):
+    """Hash of all that a run reads of its data: token ids, labels and every column."""
+    digest = hashlib.sha256()
+    for g in groups:
+        labels = (g.scores, g.margin, g.p_chosen)
+        digest.update(repr((g.prompt_ids, g.completion_ids, labels, g.row)).encode())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model):
+    """Hash of a model's config and weights."""
+    config = model.config.to_diff_dict()
+    config = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def newest_checkpoint(out):
+    """(updates, file) of the newest checkpoint of a run directory, or (0, None)."""
+    newest = (0, None)
+    for file in Path(out).glob("checkpoint/step-*.safetensors"):
+        number = file.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) >= newest[0]:
+            newest = (int(number), file)
+    return newest
+
+
+def open_run(args, steps, **hashes):
+    """The run directory → (its path, updates already done, whether it was evaluated there).
+
+    hashes: of what the run depends on beside its flags, which --resume compares. A new run begins
+    in an empty directory: what an earlier one left is renamed as a whole to NAME-1, NAME-2, …
     """
-    score, length = (torch.as_tensor(v, dtype=torch.float64) for v in (score, length))
-    x, y = torch.tensor(curve, dtype=torch.float64).T.contiguous()               # (knots,) each
-    right = torch.searchsorted(x, length.contiguous()).clamp(min=1, max=max(1, len(x) - 1))
-    left, right = right - 1, right.clamp(max=len(x) - 1)
-    share = ((length - x[left]) / (x[right] - x[left]).clamp(min=1e-12)).clamp(0, 1)
-    return score - (y[left] + share * (y[right] - y[left])) + mean
+    out = Path(args.output_dir)
+    record = vars(args) | hashes
+    if args.resume:
+        return out, *check_resume(out, steps, record)
+
+    traces = ("args.json", "metrics.jsonl", "checkpoint", "config.json")
+    with failing(f"--output-dir {out}: cannot be written"):
+        if any((out / name).exists() for name in traces):
+            number = 1
+            while out.with_name(f"{out.name}-{number}").exists():
+                number += 1
+            earlier = out.with_name(f"{out.name}-{number}")
+            os.replace(out, earlier)
+            print(f"{out}: an earlier run was here; it is kept as {earlier}")
+        out.mkdir(parents=True, exist_ok=True)
+        write_beside(out / "metrics.jsonl", "")
+        write_beside(out / "args.json", json.dumps(record, indent=1) + "\n")
+    return out, 0, False
+
+
+def check_resume(out, steps, record):
+    """--resume: flags, data and model must be those of the start → (updates done, evaluated there).
+
+    Lines of metrics.jsonl from after the checkpoint are dropped: their steps will be done again.
+    """
+    done, file = newest_checkpoint(out)
+    if file is None:
+        fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
+    if done > steps:
+        fail(f"--resume: the checkpoint is after step {done}, but --max-steps and --epochs end "
+             f"this run at {steps}.")
+    with failing(f"--resume: args.json or metrics.jsonl in {out} cannot be read"):
+        before = dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
+        lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] <= done]
+
+    for name, value in json.loads(json.dumps(record)).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in FREE or before.get(name) == value:
+            continue
+        if name in ANNOUNCED:
+            print(f"--resume: {flag} was {before.get(name)} and is {value} from here on")
+        elif name.endswith("sha256"):
+            fail(f"--resume: the {name.removesuffix('_sha256')} is not what it was at this run's "
+                 "start.")
+        else:
+            fail(f"--resume: this run began with {flag} {before.get(name)}, not {value}.")
+    write_lines(out / "metrics.jsonl", lines)
+    return done, any(line["step"] == done and "eval/n" in line for line in lines)
+
+
+def save_tensors(tensors, file):
+    """A safetensors file, renamed into place whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writing = file.with_name(file.name + ".writing")
+    save_file(tensors, writing)
+    os.replace(writing, file)
+
+
+def describe_run(model, train, held_out, plan, args, packed):
+    """The start lines: sizes, and what packing saves and costs, counted on the first step."""
+    weights = sum(p.numel() for p in model.parameters())
+    groups = [train[i] for i in plan[0]]
+    print(f"{weights / 1e6:.2f} M parameters on {next(model.parameters()).device}; "
+          f"{len(train):,} prompts to train on, {len(held_out):,} held out; "
+          f"{len(plan):,} steps of {args.batch_size} prompts")
+    if groups[0].completion_ids:
+        tokens = sum(g.tokens() for g in groups)
+        micros = micro_batches(groups, args.micro_batch_tokens, packed)
+        computed = sum(lay_out(model, micro, packed).input_ids.numel() for micro in micros)
+        padded = pad(groups).input_ids.numel()
+        print(f"  step 1: {tokens:,} tokens, each prompt counted once; computed {computed:,} "
+              f"({100 * (computed / tokens - 1):.0f} % padding and repeated prompts); "
+              f"one padded batch {padded:,} ({padded / tokens:.1f}×)")
+    if weights > 1e8 and args.learning_rate >= 1e-4:
+        print(f"note: --learning-rate {args.learning_rate:g} suits the toy; for this size 5e-7 to "
+              "5e-6 is usual, for a reward model 5e-6 to 2e-5")
+
+
+def save_model(out, model, tokenizer):
+    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole."""
+    writing = out / "writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    model.save_pretrained(writing)
+    tokenizer.save_pretrained(writing)
+    for file in sorted(writing.iterdir()):
+        os.replace(file, out / file.name)
+    writing.rmdir()
+
+
+def catch_signals():
+    """Ctrl-C, SIGTERM and SIGHUP end the run after the current step, a second one ends it at once.
+
+    Returns the list of those that came: the loop writes a checkpoint and stops once it holds one.
+    """
+    caught = []
+
+    def on_signal(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        tqdm.write("stopping after this step, with a checkpoint (again: at once)")
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                 # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:        # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
+    return caught
+
+
+def run(main):
+    """main(), with every end that a user or the outside world can cause in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # a console without "▸" shows "?"
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        fail(f"{first_line(error)}.")

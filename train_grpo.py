@@ -1,916 +1,1192 @@
-"""Improve a language model on a reward by sampling: group relative policy optimisation (GRPO) and its variants.
+"""Improve a language model on a reward: group relative policy optimisation (GRPO) and its variants.
 
-    python train_grpo.py                                     # 10 seconds on two CPU cores, no network
-    python train_grpo.py --model DIR --dataset prompts.jsonl --reward my_rewards.py:f --learning-rate 1e-6
+    python train_grpo.py                                 # 10 seconds on two CPU cores, no network
+    python train_grpo.py --model DIR --dataset prompts.jsonl --reward my_rewards.py:f --lr 1e-6
 
-With no flags it trains the toy of tests/toy (sums), reward 1 for the right sum: the share of right samples on sums
-that it never saw (pass@1) goes from about 48 % to about 95 %. The first step's ratio is exactly 1, its KL exactly 0.
+With no flags it trains the toy of tests/toy (sums), reward 1 for the correct sum: the fraction of
+correct samples on sums that it never saw (pass@1) goes from about 48 % to about 95 %. The first
+step's ratio is exactly 1, its KL exactly 0.
 
-"GRPO" means at least five things in public code. Here, by default (Shao et al. 2024, arXiv 2402.03300, eq. 3):
-  advantage    (r − mean of the group) / (std of the group + 1e-4), std with G − 1; --advantage, see (5)
-  normaliser   1/|o| within a completion, then the mean over the completions of the whole step, never of a micro-batch
-  clip         ratio per token, 1 − 0.2 … 1 + 0.2; matters only from the second update on a batch on
-  KL           k3 to the starting policy, per token, added to the loss with β = 0.04; what it descends is said at (9)
-  no variance  a group whose rewards are all alike has advantage 0. With β > 0 it gives KL gradient, with β = 0 nothing
-               is computed for it; it stays in every denominator. --dynamic-sampling replaces such groups
-Differs from the paper in: one update per batch and no reward model retrained on the way.
-Variants are one function each in LOSSES. Rewards have trl's signature, so that yours runs here unchanged.
+"GRPO" means at least five things in public code. Here, by default (Shao et al. 2024, arXiv
+2402.03300, eq. 3; "the step" is always one optimizer step, never a micro-batch):
+  advantage   (r − mean of the group) / (std of the group + 1e-4), std with G − 1; see (5)
+  weight      1/|o| within a completion, then the mean over the completions of the step
+  clip        ratio per token, 1 − 0.2 … 1 + 0.2; matters only after a batch's first update
+  KL          k3 to the starting policy, per token, added to the loss with β = 0.04; see (9)
+  groups of zero variance (all rewards alike) have advantage 0. With β > 0 they give KL gradient,
+              with β = 0 nothing is computed for them. They stay in every denominator, unless
+              --dynamic-sampling replaces them
+Differs from the paper in: π_ref stays the starting policy, which algorithm 1 there renews in each
+iteration, as it does the reward model; and in the + 1e-4. One update per batch is the paper's.
+A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs here unchanged.
 """
-# --- derivation -------------------------------------------------------------------------------------------------------
+# --- derivation -----------------------------------------------------------------------------------
 #
-# Notation: x prompt, o_1 … o_G sampled answers, o_{i,t} their tokens, r_i rewards, π the policy, π_old the policy that
-# sampled, π_ref the frozen start. log π(o|x) = Σ_t log π(o_t | x, o_<t), end token included, all at --temperature.
+# Notation: x prompt, o_1 … o_G sampled completions, o_{i,t} their tokens, r_i rewards, π the
+# policy, π_old the policy that sampled, π_ref the frozen start. log π(o|x) = Σ_t log π(o_t | x,
+# o_<t), end token included, all at --temperature.
 #
-# 1. The goal is the expected reward, and its gradient is an expectation too (log-derivative trick):
+# 1. The goal is the expected reward; its gradient is an expectation too (log-derivative trick):
 #
-#        J(π) = E_x E_{o~π} [ r(x, o) ]        ∇J = E_{o~π} [ r(x, o) ∇ log π(o|x) ]                                 (1)
+#        J(π) = E_x E_{o~π} [ r(x, o) ]        ∇J = E_{o~π} [ r(x, o) ∇ log π(o|x) ]           (1)
 #
-# 2. A baseline costs nothing. For any b that does not depend on o, E_{o~π}[ b ∇ log π(o|x) ] = b ∇ Σ_o π(o|x) = 0, so
+# 2. A baseline costs nothing. For any b that does not depend on o,
+#    E_{o~π}[ b ∇ log π(o|x) ] = b ∇ Σ_o π(o|x) = 0, so
 #
-#        ∇J = E [ (r − b) ∇ log π(o|x) ]                                                                             (2)
+#        ∇J = E [ (r − b) ∇ log π(o|x) ]                                                       (2)
 #
-#    A value network estimates the best b. GRPO instead samples a group and takes its mean: b = mean(r_1 … r_G). This b
-#    does contain r_i: that shrinks the gradient by (G − 1)/G, no more. Leaving i out makes it exact (RLOO):
+#    A value network estimates b = E_o[ r ]. GRPO samples a group and takes its mean instead:
+#    b = mean(r_1 … r_G). Neither is the b of least variance, which weighs each reward by
+#    ‖∇ log π(o|x)‖². The group's mean does contain r_i: that shrinks the gradient by (G − 1)/G, no
+#    more. Leaving i out makes it exact (RLOO):
 #
-#        r_i − mean_{j≠i} r_j = G/(G − 1) · (r_i − mean_j r_j)                                                       (3)
+#        r_i − mean_{j≠i} r_j = G/(G − 1) · (r_i − mean_j r_j)                                 (3)
 #
-# 3. Old samples may be used again by importance weights, ρ = π/π_old, whose gradient at π = π_old is (2):
+# 3. Old samples may be used again with a weight ρ_t = π(o_t|·)/π_old(o_t|·) on each token, whose
+#    gradient at π = π_old is (2):
 #
-#        ∇ ρ_t A = ρ_t A ∇ log π(o_t|·)       so at the first update  ∇ = A ∇ log π                                  (4)
+#        ∇ ρ_t A = ρ_t A ∇ log π(o_t|·)       so at the first update  ∇ = A ∇ log π            (4)
 #
-#    Far from π_old the weights are wild; PPO's clip removes the gain from moving further than 1 ± ε in A's direction.
+#    ρ_t is not the importance weight of the completion, which is the product Π_t ρ_t: away from
+#    π_old the gradient is an approximation. Far away the weights are wild; PPO's clip removes the
+#    gain from moving further than 1 ± ε in A's direction.
 #
-# 4. Advantage. All group based; the scale is a choice, and each choice is somebody's "GRPO":
+# 4. Advantage. All are group based; the scale is a choice, and each choice is somebody's "GRPO":
 #
-#        A_i = (r_i − mean) / (std_group + 1e-4)   group-std: hard and easy prompts weigh alike (GRPO, DAPO, GSPO)
-#              (r_i − mean) / (std_batch + 1e-4)   batch-std: one scale for the step
-#               r_i − mean                         none: unbiased up to (3) (Dr. GRPO, arXiv 2503.20783)             (5)
+#        A_i = (r_i − mean) / (std_group + 1e-4)      group-std (GRPO, DAPO, GSPO)
+#              (r_i − mean) / (std_batch + 1e-4)      batch-std: one scale for a batch
+#               r_i − mean                            none (Dr. GRPO, arXiv 2503.20783)        (5)
+#
+#    Dividing by the group's std weighs prompts by their difficulty: those that are almost always
+#    or almost never solved vary least and count most (the objection of Dr. GRPO). "none" does not,
+#    and is (2) up to the factor in (3).
 #
 # 5. Surrogates, to be maximised, per token t of completion i:
 #
-#        ℓ = min( ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A )          grpo, dapo, dr-grpo                               (6)
-#        the same with s_i = exp( mean_t log ρ_t ) for all t       gspo (Zheng et al. 2025, arXiv 2507.18071)        (7)
-#        sg[ min(ρ, 1 + ε_high) ] A log π                          cispo (MiniMax 2025, arXiv 2506.13585)            (8)
+#        ℓ = min( ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A )        grpo, dapo, dr-grpo           (6)
+#        the same with s_i = exp( mean_t log ρ_t ) for all t     gspo (arXiv 2507.18071)       (7)
+#        sg[ min(ρ, 1 + ε_high) ] A log π                        cispo (arXiv 2506.13585)      (8)
 #
-#    and their sum is weighted. n_i tokens in completion i, N completions, M tokens in the step, L = --max-new-tokens:
-#    grpo, gspo 1/(n_i N): short answers weigh more per token · dapo, cispo 1/M · dr-grpo 1/(N L): no length bias ·
-#    rloo 1/N on the whole sequence's ratio and on the sum of its tokens' KL. (dapo: Yu et al. 2025, arXiv 2503.14476,
-#    there per group.)
+#    Their sum is weighted. With n_i tokens in completion i, N completions and M tokens in the step,
+#    L = --max-new-tokens:
 #
-# 6. Staying near π_ref: subtract β KL(π ‖ π_ref). With d = log π_ref(o_t) − log π(o_t), o_t sampled from π:
+#        grpo, gspo     1/(n_i N)    a token of a short completion weighs more
+#        dapo, cispo    1/M          all tokens weigh alike (in DAPO's paper: those of a group)
+#        dr-grpo        1/(N L)      no length bias
+#        rloo           1/N          on the ratio Π_t ρ_t, and on the sum of the tokens' KL
 #
-#        k1 = −d        k2 = d²/2        k3 = e^d − 1 − d           E[k1] = E[k3] = KL(π ‖ π_ref) of that token       (9)
+#    These defaults are ours: rloo's clip and its k3 in the loss (Ahmadian et al. 2024 have neither:
+#    --kl reward is theirs); cispo's cap 1 + 4 (the paper does not disclose its own; in trl,
+#    epsilon_high = 5 is the cap itself).
 #
-#    But the gradient of an expectation is not the expectation of a gradient, for π is also what we sample from. For one
-#    token:
-#      k1 as a loss term     E[∇k1] = E[∇ log π] = 0: no force at all
-#      k2 as a loss term     E[−d ∇ log π] = ∇ KL(π ‖ π_ref), the one in the objective                       --kl k2
-#      k3 as a loss term     E[(1 − e^d) ∇ log π] = ∇ KL(π_ref ‖ π), the other direction; the paper's        --kl k3
-#      k3 · ρ                ∇ KL(π ‖ π_ref), unbiased also off policy                                       --kl k3-unbiased
-#    Summed over an answer these take the prefixes as given: what o_1 does to the KL of o_2 is missing. The KL of whole
-#    answers is an expected reward like any other, so by (2) it is exact, with more variance, where it is subtracted (and
-#    the tokens of all answers weigh alike, as in rloo and dr-grpo):
-#      k1 in the reward      A(r) − β ( k − mean of the group ),  k = Σ_t k1                --kl reward             (10)
-#    centred, but not divided by the rewards' std as A(r) is: β would cancel where all rewards are alike.
-#    test_eq9 and test_eq10 check each by enumeration. β = 0 loads no reference.
+# 6. Staying near π_ref: subtract β KL(π ‖ π_ref). With d = log π_ref(o_t) − log π(o_t), o_t from π
+#    (Schulman 2020, joschu.net/blog/kl-approx.html):
+#
+#        k1 = −d     k2 = d²/2     k3 = e^d − 1 − d      E[k1] = E[k3] = KL(π ‖ π_ref)         (9)
+#
+#    But the gradient of an expectation is not the expectation of a gradient, for π is also what we
+#    sample from. As a loss term, for one token:
+#
+#        k1        E[∇ log π] = 0: no force at all
+#        k2        E[−d ∇ log π] = ∇ KL(π ‖ π_ref), the one in the objective     --kl k2
+#        k3        E[(1 − e^d) ∇ log π] = ∇ KL(π_ref ‖ π), the paper's           --kl k3
+#        k3 · ρ    ∇ KL(π ‖ π_ref), unbiased also off policy                     --kl k3-unbiased
+#
+#    (the last: DeepSeek-V3.2, arXiv 2512.02556; on policy its gradient is that of k2, sample by
+#    sample). Summed over a completion these take the prefixes as given: what o_1 does to the KL of
+#    o_2 is missing. The KL of whole completions is an expected reward like any other, so by (2) it
+#    is exact, with more variance, where it is subtracted (and the tokens of all completions weigh
+#    alike, as in rloo and dr-grpo):
+#
+#        A(r) − β ( k − mean of the group ),    k = Σ_t k1                  --kl reward       (10)
+#
+#    centred, but not divided by the rewards' std as A(r) is: β would cancel where all rewards are
+#    alike. test_eq9 and test_eq10 check each by enumeration. β = 0 loads no reference.
 
-# --- imports ----------------------------------------------------------------------------------------------------------
+# --- imports --------------------------------------------------------------------------------------
 import argparse
+import copy
+import functools
 import hashlib
 import importlib.util
 import inspect
-import json
 import math
-import os
 import random
-import shutil
-import signal
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Callable, NamedTuple, SupportsFloat
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common import (Group, account, calibrate, can_pack, fail, load_encoder, load_model, load_reward_model, lay_out,
-                    micro_batches, pick_device, plan_steps, read_groups, reward_scores, sample, split_by_prompt,
-                    token_logps, tokenise)
+import common
+from common import Group, Plan, fail, for_all, log, reward_scores, sum_by, token_logps, within
 
 TOY = Path(__file__).parent / "tests" / "toy"
+NAME = Path(__file__).stem.removeprefix("train_")    # a copy of this file writes to runs/ITS NAME
+SAVE_SECONDS = 600                                   # a checkpoint at least this often
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                usage="%(prog)s [--flag value …]  (--help lists the flags)",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        usage="%(prog)s [--flag value …]  (--help lists the flags)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # --- shared: flags ---
+    count = within("[1, inf)", int)
+    natural = within("[0, inf)", int)
     g = p.add_argument_group("model and data")
-    g.add_argument("--model", default=str(TOY / "model"), help="directory or hub id to start from")
-    g.add_argument("--dataset", default="", help=".json .jsonl .csv .parquet (also .gz) or a hub id")
+    g.add_argument("--model", default=f"{TOY}/model", help="directory or hub id to start from")
+    g.add_argument("--dataset", default="", help=".json .jsonl .csv .parquet (also .gz) or hub id")
     g.add_argument("--split", default="train", help="split of a hub dataset")
-    g.add_argument("--eval-dataset", help="evaluate on this instead of a part of --dataset")
-    g.add_argument("--eval-fraction", type=float, default=0.1, help="share of the prompts that is held out (0 = none)")
-    g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename columns: prompt=question chosen=best")
-    g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which of its two labels")
-    g.add_argument("--limit", type=int, default=0, help="only the first N rows (0 = all)")
+    g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
+    g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
+    g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
+    g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
     g.add_argument("--chat", action="store_true", help="plain-text prompts become user turns of the chat template")
     g.add_argument("--chat-template", metavar="FILE", help="Jinja template instead of the tokeniser's own")
-    g.add_argument("--max-length", type=int, default=1024, help="tokens of prompt + completion")
-    g.add_argument("--overlong", choices=["drop", "truncate"], default="drop", help="groups over --max-length: drop, or cut completions")
+    g.add_argument("--max-length", type=count, default=1024, help="tokens of prompt + completion")
+    g.add_argument("--overlong", choices=["drop", "truncate"], default="drop", help="groups over --max-length")
     g = p.add_argument_group("run")
-    g.add_argument("--output-dir", default="", help="model, args.json, metrics.jsonl and checkpoint/ go here")
-    g.add_argument("--epochs", type=int, default=1, help="passes over the data")
-    g.add_argument("--max-steps", type=int, default=0, help="optimizer steps; wins over --epochs where > 0")
-    g.add_argument("--batch-size", type=int, default=32, help="groups (prompts) per optimizer step: statistics")
-    g.add_argument("--micro-batch-tokens", type=int, default=8192, help="tokens per forward: memory, no effect on the result")
-    g.add_argument("--learning-rate", "--lr", type=float, default=0.0, help="peak; suits the toy; over 100 M parameters 1e-6, a reward model 1e-5")
-    g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up, to 0")
+    g.add_argument("--output-dir", default=f"runs/{NAME}", help="model, args.json, metrics.jsonl, checkpoint/")
+    g.add_argument("--epochs", type=count, default=1, help="passes over the data")
+    g.add_argument("--max-steps", type=natural, default=0, help="optimizer steps; wins over --epochs where > 0")
+    g.add_argument("--batch-size", type=count, default=32, help="groups (prompts) per optimizer step: statistics")
+    g.add_argument("--micro-batch-tokens", type=count, default=8192, help="tokens per forward: memory, not the result")
+    g.add_argument("--learning-rate", "--lr", type=within("[0, inf)"), default=0.0, help="peak; the default suits the toy")
+    g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after warm-up, to 0")
     g.add_argument("--warmup-steps", type=int, default=-1, help="linear warm-up (< 0: a tenth of the steps)")
-    g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's")
-    g.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm (0 = no clipping)")
-    g.add_argument("--eval-every", type=int, default=0, help="steps between evaluations (0 = start and end only)")
-    g.add_argument("--save-every", type=int, default=0, help="steps between checkpoints (0 = at the end only)")
+    g.add_argument("--weight-decay", type=within("[0, inf)"), default=0.0, help="AdamW's")
+    g.add_argument("--max-grad-norm", type=within("[0, inf)"), default=1.0, help="clip the gradient's norm (0 = never)")
+    g.add_argument("--eval-every", type=natural, default=0, help="steps between evaluations (0 = start and end only)")
+    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
-    g.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; auto: bfloat16 on cuda; weights: float32")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
     g = p.add_argument_group("rewards")
-    g.add_argument("--reward", nargs="+", default=[f"{TOY / 'reward.py'}:right"], metavar="SPEC", help="file.py:function or a reward-model directory")
-    g.add_argument("--reward-weights", nargs="+", type=float, default=[], help="one per --reward (none: 1 each)")
-    g.add_argument("--reward-aggregate", choices=["sum", "min"], default="sum", help="of the weighted rewards of an answer")
+    g.add_argument("--reward", nargs="+", default=[f"{TOY}/reward.py:right"], metavar="SPEC", help="file.py:function or a reward-model directory")
+    g.add_argument("--reward-weights", nargs="+", type=within("(-inf, inf)"), default=[], metavar="W", help="one per --reward (none: 1 each)")
+    g.add_argument("--reward-aggregate", choices=["sum", "min"], default="sum", help="of the weighted rewards of a completion")
     g.add_argument("--watch", nargs="+", default=[], metavar="SPEC", help="rewards that are logged and not trained on: gold beside proxy")
     g.add_argument("--calibrate-length", action="store_true", help="take the length trend stored in a reward model out of its scores")
-    g.add_argument("--overlong-penalty", type=int, default=0, metavar="C", help="penalty 0 … −1 over the last C of --max-new-tokens (0 = none)")
+    g.add_argument("--overlong-penalty", type=natural, default=0, metavar="C", help="penalty 0 … −1 over the last C of --max-new-tokens (0 = none)")
     g = p.add_argument_group("sampling")
-    g.add_argument("--group-size", type=int, default=8, help="answers per prompt")
-    g.add_argument("--max-new-tokens", type=int, default=128, help="longest answer")
-    g.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every log-prob that is trained on")
-    g.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this probability (< 1 is off policy)")
-    g.add_argument("--dynamic-sampling", action="store_true", help="replace groups whose rewards are all alike, up to 4 times a step")
-    g.add_argument("--eval-samples", type=int, default=128, help="held-out prompts to sample for at each evaluation")
-    g.add_argument("--eval-k", type=int, default=4, help="answers for each of them: pass@1 … pass@k")
+    g.add_argument("--group-size", type=within("[2, inf)", int), default=8, help="completions per prompt; their mean is the baseline")
+    g.add_argument("--max-new-tokens", type=count, default=128, help="longest completion")
+    g.add_argument("--temperature", type=within("(0, inf)"), default=1.0, help="of sampling and of every log-prob that is trained on")
+    g.add_argument("--top-p", type=within("(0, 1]"), default=1.0, help="sample from the smallest set of tokens with this probability (< 1 is off policy)")
+    g.add_argument("--dynamic-sampling", action="store_true", help="replace zero-variance groups, up to 4 times a step")
+    g.add_argument("--eval-samples", type=natural, default=128, help="held-out prompts to sample for at each evaluation")
+    g.add_argument("--eval-k", type=count, default=4, help="completions for each of them: pass@1 … pass@k")
     g = p.add_argument_group("GRPO")
-    g.add_argument("--loss", choices=LOSSES, default="grpo", help="; ".join(f"{k}: {f.__doc__.splitlines()[0]}" for k, f in LOSSES.items()))
+    g.add_argument("--loss", choices=VARIANTS, default="grpo", help="; ".join(f"{name}: {row.about}" for name, row in VARIANTS.items()))
     g.add_argument("--advantage", choices=["group-std", "batch-std", "none"], help="scale (5); default: none for dr-grpo and rloo, else group-std")
-    g.add_argument("--clip-low", type=float, help=f"ε_low; default by loss: {CLIP}")
-    g.add_argument("--clip-high", type=float, help="ε_high; default by loss, as --clip-low")
-    g.add_argument("--dual-clip", type=float, default=0.0, metavar="C", help="grpo, dapo, dr-grpo: for A < 0 no objective below C·A, C > 1 (0 = off)")
-    g.add_argument("--beta", type=float, default=0.04, help="weight of the KL to the reference (0: none is loaded)")
-    g.add_argument("--kl", choices=["k3", "k2", "k3-unbiased", "reward"], default="k3", help="estimator and place of the KL (9)")
+    g.add_argument("--clip-low", type=within("[0, inf)"), help="ε_low; default by loss: " + ", ".join(f"{name} {row.clip_low:g}" for name, row in VARIANTS.items()))
+    g.add_argument("--clip-high", type=within("[0, inf)"), help="ε_high; default by loss: " + ", ".join(f"{name} {row.clip_high:g}" for name, row in VARIANTS.items()))
+    g.add_argument("--dual-clip", type=within("[0, inf)"), default=0.0, metavar="C", help="grpo, dapo, dr-grpo: for A < 0 no objective below C·A, C > 1 (0 = off)")
+    g.add_argument("--beta", type=within("[0, inf)"), default=0.04, help="weight of the KL to the reference (0: none is loaded)")
+    g.add_argument("--kl", choices=["k3", "k2", "k3-unbiased", "reward"], default="k3", help="estimator and place of the KL (9) (10)")
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
-    g.add_argument("--updates-per-batch", type=int, default=1, help="passes over each batch of samples")
-    g.add_argument("--minibatches", type=int, default=1, help="optimizer steps per pass, over disjoint parts of the batch")
-    g.add_argument("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens leave numerator and denominators")
-    p.set_defaults(dataset=str(TOY / "prompts.jsonl"), output_dir="runs/grpo", learning_rate=5e-4)
+    g.add_argument("--updates-per-batch", type=count, default=1, help="passes over each batch of samples")
+    g.add_argument("--minibatches", type=count, default=1, help="optimizer steps per pass, over disjoint parts of the batch")
+    g.add_argument("--mask-truncated", action="store_true", help="completions truncated at --max-new-tokens do not count: in no sum, no denominator")
+    p.set_defaults(dataset=f"{TOY}/prompts.jsonl", learning_rate=5e-4)
     args = p.parse_args(argv)
-    # --- shared: refused flags ---
-    for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("limit", "max_steps", "eval_every", "save_every", "learning_rate", "weight_decay", "max_grad_norm"):
-        if not 0 <= getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must not be negative")
-    if not 0 <= args.eval_fraction < 1:
-        p.error("--eval-fraction must be in [0, 1)")
-    if not 0 <= args.seed < 2 ** 63:
-        p.error("--seed must be in [0, 2^63)")
-    given = [Path(m).resolve() for m in (args.model, getattr(args, "ref_model", None)) if m]
-    out = Path(args.output_dir).resolve()
-    if any(m == out or out / "old" in (m, *m.parents) for m in given):       # old/ is where an earlier run is moved
-        p.error("--output-dir is where the starting model or the reference lies, and would replace it: choose another")
-    # --- end shared ---
-    if args.group_size < 2:
-        p.error("--group-size must be at least 2: the baseline is the group's mean")
-    for name in ("max_new_tokens", "updates_per_batch", "minibatches", "eval_k"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < args.temperature < math.inf or not 0 < args.top_p <= 1:
-        p.error("--temperature must be above 0 and --top-p in (0, 1]")
-    for name in ("beta", "eval_samples", "clip_low", "clip_high", "overlong_penalty"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
-            p.error(f"--{name.replace('_', '-')} must not be negative")
+
+    # Flags that contradict each other, or that would not be read.
     if args.overlong_penalty > args.max_new_tokens:
-        p.error("--overlong-penalty is at most --max-new-tokens: more would punish every answer")
+        p.error("--overlong-penalty is at most --max-new-tokens: more would punish all completions")
     if args.loss == "cispo" and args.clip_low is not None:
         p.error("--clip-low: --loss cispo clips its weight from above only")
     if args.kl == "reward" and not args.beta:
         p.error("--kl reward without a KL: set --beta above 0")
-    if args.calibrate_length and not any(Path(spec).is_dir() for spec in args.reward + args.watch):
-        p.error("--calibrate-length needs a reward-model directory among --reward and --watch")
-    finite = [w for w in args.reward_weights if math.isfinite(w)]
-    if args.reward_weights and not len(args.reward_weights) == len(finite) == len(args.reward):
-        p.error(f"--reward-weights needs {len(args.reward)} numbers, one per --reward")
+    if args.ref_model and not args.beta:
+        p.error("--ref-model without a KL: set --beta above 0")
     if args.dual_clip and (args.loss not in ("grpo", "dapo", "dr-grpo") or args.dual_clip <= 1):
         p.error("--dual-clip is above 1 and goes with --loss grpo, dapo or dr-grpo")
     if args.loss == "rloo" and args.advantage not in (None, "none"):
         p.error("--loss rloo has its own baseline (3) and no scale: drop --advantage")
-    if args.ref_model and not args.beta:
-        p.error("--ref-model without a KL: set --beta above 0")
-    args.advantage = args.advantage or ("none" if args.loss in ("dr-grpo", "rloo") else "group-std")
-    args.clip_low = CLIP[args.loss][0] if args.clip_low is None else args.clip_low
-    args.clip_high = CLIP[args.loss][1] if args.clip_high is None else args.clip_high
-    args.reward_weights = args.reward_weights or [1.0] * len(args.reward)
+    if args.reward_weights and len(args.reward_weights) != len(args.reward):
+        p.error(f"--reward-weights needs {len(args.reward)} numbers, one per --reward")
+    reward_models = [spec for spec in args.reward + args.watch if Path(spec).is_dir()]
+    if args.calibrate_length and not reward_models:
+        p.error("--calibrate-length needs a reward-model directory among --reward and --watch")
+    inputs = [args.model, args.ref_model or args.model]
+    if Path(args.output_dir).resolve() in [Path(path).resolve() for path in inputs]:
+        p.error("--output-dir holds the starting model or the reference: choose another")
     return args
 
 
-# --- the algorithm: pure functions ------------------------------------------------------------------------------------
-# Shapes: P prompts, G answers each; in a micro-batch K answers with T tokens, owner (T,) says whose a token is.
-# A loss: logp, old (T,) log-probs now and when sampled, A (K,) advantages → (T,) losses, to be weighted by weights(), and
-# (T,) booleans: whose gradient the clip took.
+# --- the algorithm: pure functions ----------------------------------------------------------------
+# Shapes: P prompts with G completions each, N = P·G, and M tokens in all of them; a micro-batch has
+# T tokens. A column of completions is (N,), viewed as (P, G) where groups matter; a column of
+# tokens is (M,), completion after completion.
 
-def sum_by_owner(values, owner, count):
-    """(T,) → (K,) sum over each answer's tokens."""
-    return torch.zeros(count, device=values.device).index_add(0, owner, values)
+@dataclass
+class Rollout:
+    """What was sampled and rewarded, in columns: completion i belongs to prompt i // G."""
+    groups: list              # (P,) the prompts
+    ids: list                 # (N,) token ids, with the end token where it ended
+    texts: list               # (N,) what the policy wrote, without the end token
+    ended: torch.Tensor       # (N,) False: truncated at --max-new-tokens
+    logps: torch.Tensor       # (N,) log π_old(o|x), float64
+    rewards: dict             # name → (N,) float64, NaN for none; also those that are only watched
+    reward: torch.Tensor      # (N,) float64, what is trained on, NaN for none
+    seconds: Counter          # what went to "sample" and to "reward"
+
+    @property
+    def size(self):
+        """G"""
+        return len(self.ids) // len(self.groups)
+
+    @property
+    def prompt(self):
+        """Which prompt each completion belongs to: (N,)"""
+        return torch.arange(len(self.ids)) // self.size
+
+    @property
+    def lengths(self):
+        """Tokens of each completion, end included: (N,)"""
+        return torch.tensor([len(ids) for ids in self.ids])
+
+    def by_prompt(self, column):
+        """(N,) → (P, G)"""
+        return column.view(len(self.groups), -1)
+
+    def span(self, p):
+        """The part of a column that belongs to prompt p."""
+        return slice(p * self.size, (p + 1) * self.size)
+
+    def join(self, other):
+        """Both, one after the other."""
+        rewards = {name: torch.cat([r, other.rewards[name]]) for name, r in self.rewards.items()}
+        return Rollout(
+            groups=self.groups + other.groups,
+            ids=self.ids + other.ids,
+            texts=self.texts + other.texts,
+            ended=torch.cat([self.ended, other.ended]),
+            logps=torch.cat([self.logps, other.logps]),
+            rewards=rewards,
+            reward=torch.cat([self.reward, other.reward]),
+            seconds=self.seconds + other.seconds)
+
+    def take(self, keep):
+        """The prompts that keep (P,) marks, with their completions."""
+        mine = keep.repeat_interleave(self.size)                                 # (N,)
+        return Rollout(
+            groups=list(compress(self.groups, keep)),
+            ids=list(compress(self.ids, mine)),
+            texts=list(compress(self.texts, mine)),
+            ended=self.ended[mine],
+            logps=self.logps[mine],
+            rewards={name: r[mine] for name, r in self.rewards.items()},
+            reward=self.reward[mine],
+            seconds=self.seconds)
 
 
-def clipped(log_ratio, A, args):
-    """−min( ρ A, clip(ρ) A ), and for A < 0 with --dual-clip C no less than C·A inside; where it is cut.  (6)"""
-    ratio = log_ratio.clamp(-20, 20).exp()                   # e^20 is large enough; e^100 is infinite
-    objective = torch.minimum(ratio * A, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * A)
-    cut = (A > 0) & (ratio > 1 + args.clip_high) | (A < 0) & (ratio < 1 - args.clip_low)
-    if args.dual_clip:
-        objective = torch.where(A < 0, torch.maximum(objective, args.dual_clip * A), objective)
-        cut |= (A < 0) & (ratio > args.dual_clip)
-    return -objective, cut
+def zero_variance(r):
+    """(P, G) rewards, NaN for none → (P,) True where no two rewards of the group differ."""
+    highest = torch.where(r.isnan(), -math.inf, r).amax(1)
+    lowest = torch.where(r.isnan(), math.inf, r).amin(1)
+    return highest <= lowest
 
 
-def grpo(logp, old, A, owner, args):
-    """ratio per token, 1/|o| per answer, mean over answers (Shao et al. 2024, eq. 3)"""
-    return clipped(logp - old, A[owner], args)
+def centre(r):
+    """(P, G) rewards, NaN for none → minus the group's mean (P, G), 0 for none; n and std (P, 1).
 
-
-def dapo(logp, old, A, owner, args):
-    """as grpo, but mean over all tokens of the step, higher upper clip (Yu et al. 2025, eq. 8)"""
-    return clipped(logp - old, A[owner], args)
-
-
-def dr_grpo(logp, old, A, owner, args):
-    """as grpo, but divided by the constant --max-new-tokens, advantage without std (Liu et al. 2025)"""
-    return clipped(logp - old, A[owner], args)
-
-
-def gspo(logp, old, A, owner, args):
-    """one ratio per answer, exp of the mean log-ratio, clipped per answer (Zheng et al. 2025, eq. 5)"""
-    n = sum_by_owner(torch.ones_like(logp), owner, len(A)).clamp(min=1)                              # (K,)
-    return clipped((sum_by_owner(logp - old, owner, len(A)) / n)[owner], A[owner], args)             # (7)
-
-
-def cispo(logp, old, A, owner, args):
-    """clips the weight, not the token: sg[min(ρ, 1 + ε_high)] A log π, token mean (MiniMax 2025, eq. 4)"""
-    ratio = (logp - old).clamp(-20, 20).exp().detach()
-    cut = (ratio > 1 + args.clip_high) & (A[owner] != 0)
-    return -ratio.clamp(max=1 + args.clip_high) * A[owner] * logp, cut                               # (8)
-
-
-def rloo(logp, old, A, owner, args):
-    """leave-one-out baseline (3), the whole answer's ratio (Ahmadian et al. 2024)"""
-    n = sum_by_owner(torch.ones_like(logp), owner, len(A)).clamp(min=1)                              # (K,)
-    losses, cut = clipped(sum_by_owner(logp - old, owner, len(A))[owner], A[owner], args)
-    return losses / n[owner], cut                            # n tokens hold their answer's loss
-
-
-LOSSES = {"grpo": grpo, "dapo": dapo, "dr-grpo": dr_grpo, "gspo": gspo, "cispo": cispo, "rloo": rloo}
-CLIP = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "dr-grpo": (0.2, 0.2),                              # (ε_low, ε_high)
-        "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0), "rloo": (0.2, 0.2)}
-
-
-def weights(lengths, loss, max_new_tokens):
-    """Weight of each token of every answer of a whole step, so that a sum over micro-batches is the loss: (N,) → (N,).
-
-    lengths: tokens of each answer, 0 for those that do not count (masked or without a reward) nor stand in a denominator.
+    std with n − 1, 0 where n < 2. In float32 eight rewards of 0.1 would have a std of 8e-9.
     """
-    n = torch.tensor(lengths, dtype=torch.float32)
-    answers, tokens = max(1, int((n > 0).sum())), max(1.0, n.sum().item())
-    if loss in ("dapo", "cispo"):
-        w = torch.full_like(n, 1 / tokens)
-    elif loss == "dr-grpo":
-        w = torch.full_like(n, 1 / (answers * max_new_tokens))
-    elif loss == "rloo":
-        w = torch.full_like(n, 1 / answers)
-    else:                                                    # gspo gives every token its answer's loss: 1/n sums to one
-        w = 1 / (n.clamp(min=1) * answers)
-    return torch.where(n > 0, w, 0)
+    r = r.double()
+    n = (~r.isnan()).sum(1, keepdim=True)
+    centred = (r - r.nanmean(1, keepdim=True)).nan_to_num(0)
+    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    return centred, n, std
 
 
-def kl_term(kind, logp, old, ref):
-    """Per-token KL estimate that is added to the loss, with what it descends: (T,). See (9)."""
-    if kind == "k2":
-        return (ref - logp).square() / 2                     # ∇ KL(π ‖ π_ref)
-    d = (ref - logp).clamp(max=20)                           # not from below: far above the reference is where it must pull
-    k3 = d.exp() - 1 - d                                     # ∇ KL(π_ref ‖ π)
-    return k3 if kind == "k3" else (logp - old).clamp(-20, 20).exp() * k3                # · ρ: ∇ KL(π ‖ π_ref)
-
-
-def advantages(rewards, scale, loss="grpo"):
-    """(P, G) rewards, NaN where an answer has none → (P, G) advantages, 0 there.  (3), (5)
-
-    std with G − 1 and + 1e-4; in float64, for eight rewards of 0.1 have a standard deviation of 8e-9 in float32.
-    """
-    r = rewards.double()
-    valid = ~r.isnan()
-    n = valid.sum(1, keepdim=True)
-    mean = r.nansum(1, keepdim=True) / n.clamp(min=1)
-    centred = torch.where(valid, r - mean, 0)
-    if loss == "rloo":
-        return torch.where(n > 1, centred * n / (n - 1).clamp(min=1), 0).float()                     # (3)
-    if scale == "group-std":
-        centred = centred / ((centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+def advantages(r, scale):
+    """(P, G) rewards, NaN for none → (P, G), 0 there and in zero-variance groups. (5)"""
+    A, n, std = centre(r)
+    if scale == "leave-one-out":
+        A = A * n / (n - 1).clamp(min=1)                                         # (3)
+    elif scale == "group-std":
+        A = A / (std + 1e-4)
     elif scale == "batch-std":
-        every = r[valid]
-        centred = centred / ((every.std() if len(every) > 1 else torch.tensor(0.0)) + 1e-4)
-    return torch.where(n > 1, centred, 0).float()
+        every = r[~r.isnan()].double()
+        A = A / ((every.std() if len(every) > 1 else 0) + 1e-4)
+    return torch.where(zero_variance(r)[:, None], 0, A).float()
 
 
-def overlong_penalty(length, limit, cache):
-    """Soft over-long punishment (Yu et al. 2025, eq. 13): 0 up to limit − cache tokens, then linear to −1 at the limit."""
-    return max(-1.0, min(0.0, (limit - cache - length) / cache)) if cache else 0.0
+def advantage_scale(args):
+    """--advantage, or the variant's own; rloo's baseline (3) leaves no choice."""
+    own = VARIANTS[args.loss].advantage
+    return own if own == "leave-one-out" else args.advantage or own
+
+
+def overlong_penalty(lengths, limit, last):
+    """Soft punishment of length (Yu et al. 2025, eq. 13): (N,) tokens → (N,) from 0 to −1.
+
+    0 up to limit − last tokens, from there linear to −1 at the limit; last = 0: none.
+    """
+    if not last:
+        return torch.zeros(len(lengths), dtype=torch.float64)
+    return ((limit - last - lengths).double() / last).clamp(-1, 0)
+
+
+def combine(values, factors, how):
+    """(R, N) rewards → (N,) weighted sum or minimum of the non-missing, NaN if all are missing."""
+    weighted = values * torch.tensor(factors, dtype=torch.float64)[:, None]
+    result = weighted.nansum(0)
+    if how == "min":
+        result = torch.where(weighted.isnan(), math.inf, weighted).amin(0)
+    return torch.where(weighted.isnan().all(0), math.nan, result)
 
 
 @dataclass
-class Micro:
-    """A micro-batch of a step's answers and the log-probs that were taken before the update."""
-    groups: list
-    index: list                                              # (K,) which of the step's N answers, in the groups' order
-    old: torch.Tensor | None = None                          # (T,) of π_old; None: the only update takes its own
-    ref: torch.Tensor | None = None                          # (T,) of π_ref
+class Tokens:
+    """What an update needs of tokens, in columns: all M of a step, or the T of a micro-batch."""
+    A: torch.Tensor           # (M,) advantage
+    weight: torch.Tensor      # (M,) of its loss; 0 where its completion does not count
+    old: torch.Tensor         # (M,) log π_old; NaN: the only update takes its own
+    ref: torch.Tensor         # (M,) log π_ref; NaN without a KL
+    owner: torch.Tensor       # (M,) which of the N completions it belongs to
+    lengths: torch.Tensor     # (N,) tokens of each completion
+    logp: torch.Tensor | None = None      # (T,) log π, with its gradient: in a micro-batch
+
+    def of(self, groups, logp):
+        """Those of a micro-batch that count. logp: (T,) the log-probs of all its tokens now."""
+        index = token_index(groups, self.lengths)                                # (T,)
+        counts = self.weight[index] > 0
+        index = index[counts]
+        # Selected, not multiplied by 0: what does not count must not bring its NaN along.
+        logp = logp[counts.to(logp.device)]
+
+        def select(column):
+            return column[index].to(logp.device)
+
+        old = select(self.old)
+        return Tokens(
+            A=select(self.A),
+            weight=select(self.weight),
+            old=torch.where(old.isnan(), logp.detach(), old),
+            ref=select(self.ref),
+            owner=select(self.owner),
+            lengths=self.lengths.to(logp.device),
+            logp=logp)
+
+    def total(self, values):
+        """(T,) → (N,) sums over the tokens of each completion."""
+        return sum_by(values, self.owner, len(self.lengths))
 
 
-def micro_loss(logp, owner, micro, A, w, args):
-    """(T,) log-probs of a micro-batch → (its part of the loss, Counter of metric sums). A, w (N,): advantages, weights.
+def token_index(groups, lengths):
+    """Where in a column of tokens, (M,), those of some groups' completions stand: (T,)."""
+    spans = torch.arange(int(lengths.sum())).split(lengths.tolist())             # N × (n_i,)
+    return torch.cat([spans[i] for g in groups for i in g.index])
 
-    The weights hold every denominator of the step, so how it is cut into micro-batches does not change its gradient.
+
+# A ratio: Tokens → its logarithm for each token (T,).
+
+def token_ratio(x):
+    return x.logp - x.old
+
+
+def mean_ratio(x):
+    return (x.total(x.logp - x.old) / x.lengths)[x.owner]                        # (7)
+
+
+def sum_ratio(x):
+    return x.total(x.logp - x.old)[x.owner]
+
+
+# A surrogate: Tokens, log-ratio (T,), args → losses (T,), to be weighted, and (T,) True where
+# clipping acted.
+
+def bounded_exp(log_ratio):
+    return log_ratio.clamp(-20, 20).exp()        # e^20 is large enough; e^100 is infinite
+
+
+def clip_range(args):
+    """Lowest and highest ratio: the flags', or the variant's own."""
+    row = VARIANTS[args.loss]
+    low = row.clip_low if args.clip_low is None else args.clip_low
+    high = row.clip_high if args.clip_high is None else args.clip_high
+    return 1 - low, 1 + high
+
+
+def clipped(x, log_ratio, args):
+    """−min( ρ A, clip(ρ) A ); for A < 0 with --dual-clip C no objective below C·A. (6)"""
+    low, high = clip_range(args)
+    ratio = bounded_exp(log_ratio)
+    objective = torch.minimum(ratio * x.A, ratio.clamp(low, high) * x.A)
+    zeroed = (x.A > 0) & (ratio > high) | (x.A < 0) & (ratio < low)
+    if args.dual_clip:
+        bounded = torch.maximum(objective, args.dual_clip * x.A)
+        objective = torch.where(x.A < 0, bounded, objective)
+        zeroed |= (x.A < 0) & (ratio > args.dual_clip)
+    return -objective, zeroed
+
+
+def clipped_once(x, log_ratio, args):
+    """clipped(), but once a completion: each of its n tokens holds 1/n of it."""
+    losses, zeroed = clipped(x, log_ratio, args)
+    return losses / x.lengths[x.owner], zeroed
+
+
+def cispo(x, log_ratio, args):
+    """−sg[ min(ρ, 1 + ε_high) ] A log π: clips the weight and keeps the gradient. (8)"""
+    high = clip_range(args)[1]
+    ratio = bounded_exp(log_ratio.detach())
+    return -ratio.clamp(max=high) * x.A * x.logp, (ratio > high) & (x.A != 0)
+
+
+# A weight: lengths (C,) of the completions that count in an optimizer step, args → the weight of
+# each of their tokens, a number or (C,).
+
+def per_completion(n, args):
+    return 1 / (n * len(n))
+
+
+def per_token(n, args):
+    return 1 / n.sum()
+
+
+def by_constant(n, args):
+    return 1 / (len(n) * args.max_new_tokens)
+
+
+def per_sequence(n, args):
+    return 1 / len(n)
+
+
+class Variant(NamedTuple):
+    """A row of VARIANTS: what `--loss` chooses. The last three are defaults of flags."""
+    about: str                # for --help, with the paper
+    ratio: Callable
+    surrogate: Callable
+    weight: Callable
+    clip_low: float
+    clip_high: float
+    advantage: str
+
+
+VARIANTS = {
+    "grpo": Variant(
+        "ratio per token, mean per completion (Shao et al. 2024, arXiv 2402.03300, eq. 3)",
+        token_ratio, clipped, per_completion, 0.2, 0.2, "group-std"),
+    "dapo": Variant(
+        "as grpo, mean over tokens, higher upper clip (Yu et al. 2025, arXiv 2503.14476, eq. 8)",
+        token_ratio, clipped, per_token, 0.2, 0.28, "group-std"),
+    "dr-grpo": Variant(
+        "as grpo, over --max-new-tokens, no std (Liu et al. 2025, arXiv 2503.20783)",
+        token_ratio, clipped, by_constant, 0.2, 0.2, "none"),
+    "gspo": Variant(
+        "one ratio per completion, a mean of logs (Zheng et al. 2025, arXiv 2507.18071, eq. 5)",
+        mean_ratio, clipped, per_completion, 3e-4, 4e-4, "group-std"),
+    "cispo": Variant(
+        "clips the weight, not the token; token mean (MiniMax 2025, arXiv 2506.13585, eq. 4)",
+        token_ratio, cispo, per_token, 1.0, 4.0, "group-std"),
+    "rloo": Variant(
+        "whole completion's ratio, leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740)",
+        sum_ratio, clipped_once, per_sequence, 0.2, 0.2, "leave-one-out"),
+}
+
+
+def weights(lengths, counted, part, args):
+    """The weight of each token of a completion: (N,), so that a sum over tokens is the loss.
+
+    lengths (N,) tokens; counted (N,) False: weight 0, and in no denominator; part (N,) number of
+    its minibatch: each has its own denominators.
     """
-    A, w = A[micro.index], w[micro.index]                                                            # (K,)
-    keep = w[owner] > 0                      # not multiplied by 0: a token that does not count must not bring its NaN along
-    old = logp.detach() if micro.old is None else micro.old                                          # on policy ρ is exactly 1
-    logp, old, owner = logp[keep], old[keep], owner[keep]                                            # (T,) of those that count
-    losses, cut = LOSSES[args.loss](logp, old, A, owner, args)                                       # (T,), (T,)
-    if args.beta:
-        ref = micro.ref[keep]
-    if args.beta and args.kl != "reward":
-        losses = losses + args.beta * kl_term(args.kl, logp, old, ref)
-    loss = (losses * w[owner]).sum()
-    with torch.no_grad():
-        sums = {"loss": loss, "clip_ratio": cut.sum()}
-        sums |= {"kl": kl_term("k3", old, old, ref).sum()} if args.beta else {}
-    return loss, Counter({k: v.item() for k, v in sums.items()} | {"tokens": len(logp)})
-
-
-def pass_at_k(n, right, k):
-    """Unbiased P(at least one of k is right), from n answers of which `right` are (Chen et al. 2021, eq. 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def combine(by_reward, reward_weights, how):
-    """R lists of N numbers or None → N weighted sums (or minima) over those that are there, None where none is."""
-    result = []
-    for row in zip(*by_reward):
-        there = [w * r for w, r in zip(reward_weights, row) if r is not None]
-        result.append({"sum": sum, "min": min}[how](there) if there else None)
+    result = torch.zeros(len(lengths))
+    for number in part.unique():
+        mine = counted & (part == number)
+        if mine.any():
+            result[mine] = VARIANTS[args.loss].weight(lengths[mine].float(), args)
     return result
 
 
-# --- rewards ----------------------------------------------------------------------------------------------------------
+def kl_term(kind, logp, old, ref):
+    """Per-token KL estimate that is added to the loss, with what it descends: (T,). (9)"""
+    if kind == "k2":
+        return (ref - logp).square() / 2                     # ∇ KL(π ‖ π_ref)
+    # Not bounded from below: far above the reference is where it must pull.
+    d = (ref - logp).clamp(max=20)
+    k3 = d.exp() - 1 - d
+    if kind == "k3":
+        return k3                                            # ∇ KL(π_ref ‖ π)
+    return bounded_exp(logp - old) * k3                      # ∇ KL(π ‖ π_ref)
 
-def load_rewards(specs, args, device, flag="--reward or --watch"):
-    """Names → functions f(groups, texts, ids, ended) → numbers or None, one per answer; texts: what the policy wrote."""
-    rewards, modules = {}, {}
+
+def micro_loss(x, args):
+    """Tokens of a micro-batch → (its part of the loss, Counter of metric sums).
+
+    The weights hold every denominator of the step, so how it is cut into micro-batches does not
+    change its gradient.
+    """
+    variant = VARIANTS[args.loss]
+    losses, zeroed = variant.surrogate(x, variant.ratio(x), args)                # (T,), (T,)
+    if args.beta and args.kl != "reward":
+        losses = losses + args.beta * kl_term(args.kl, x.logp, x.old, x.ref)
+    loss = (losses * x.weight).sum()
+
+    sums = Counter(loss=loss.item(), clip_ratio=zeroed.sum().item(), tokens=len(x.logp))
+    if args.beta:
+        sums["kl"] = kl_term("k3", x.old, x.old, x.ref).sum().item()
+    return loss, sums
+
+
+def means(sums, norms, seconds):
+    """Sums over the updates of a step, norms of their gradients, the time they took → metrics."""
+    result = {
+        "loss": sums["loss"] / len(norms),
+        "grad_norm": statistics.mean(norms),
+        "seconds/update": seconds,
+        "tokens_per_second": sums["computed"] / seconds}
+    for name in ("clip_ratio", "kl"):
+        if name in sums:
+            result[name] = sums[name] / max(1, sums["tokens"])
+    return result
+
+
+def pass_at_k(n, correct, k):
+    """Unbiased P(at least one of k is correct), from n completions (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+# --- rewards --------------------------------------------------------------------------------------
+# A reward: (groups, texts, ids, ended), all (N,) → (N,) float64, NaN for none. groups[i] is the
+# prompt of completion i, texts what the policy wrote, ended False where it was truncated.
+
+class RewardError(Exception):
+    """A reward that cannot be used, in one sentence. The run ends, but loses nothing."""
+
+
+FLAG = "--reward or --watch"         # whose values load_rewards() reads, for messages
+
+
+def load_rewards(specs, args, device):
+    """Specs (file.py:function, reward-model directory) → name → reward; no two have one name."""
+    rewards = {}
+    modules = {}
     for spec in specs:
-        file, _, function = spec.rpartition(":")
+        file, _, name = spec.rpartition(":")
+        what = f"{FLAG} {spec}"
         if Path(spec).is_dir():
-            name, f = Path(spec).name, model_reward(spec, args, device, flag)
+            name = Path(spec).name
+            reward = model_reward(spec, what, args, device)
         elif file.endswith(".py") and Path(file).is_file():
-            if file not in modules:                          # as python runs it: known by name, its folder importable
-                module_spec = importlib.util.spec_from_file_location(f"reward_{len(modules)}", file)
-                modules[file] = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
-                sys.path.append(str(Path(file).parent))
-                module_spec.loader.exec_module(modules[file])
-            if not callable(getattr(modules[file], function, None)):
-                fail(f"{flag} {spec}: {file} has no function '{function}'.")
-            name, f = function, function_reward(getattr(modules[file], function), spec, flag)
+            if file not in modules:
+                modules[file] = load_module(file, f"reward_{len(modules)}", what)
+            function = getattr(modules[file], name, None)
+            if not callable(function):
+                fail(f"{what}: {file} has no function '{name}'.")
+            reward = function_reward(function, what)
         else:
-            fail(f"{flag} {spec}: neither file.py:function nor a reward-model directory.")
-        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = f
+            fail(f"{what}: neither file.py:function nor a reward-model directory.")
+        rewards[f"{name}_{len(rewards)}" if name in rewards else name] = reward
     return rewards
 
 
-def function_reward(function, spec, flag):
-    """A user's f(prompts, completions, **columns) → list; in a chat a completion is [{"role": "assistant", "content": …}]."""
-    def reward(groups, texts, ids, ended=None):
-        names = dict.fromkeys(k for g in groups for k in g.row)          # of all rows: some may lack a column
-        taken = ("prompt", "prompts", "completions", "completion_ids")
-        columns = {k: [g.row.get(k) for g in groups] for k in names if k not in taken}
-        said = [t if isinstance(g.prompt, str) else [{"role": "assistant", "content": t}] for g, t in zip(groups, texts)]
-        given = {"prompts": [g.prompt for g in groups], "completions": said, "completion_ids": ids, **columns}
+def load_module(file, name, what):
+    """A file as python runs it: known by name, its folder importable."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.append(str(Path(file).parent))
+    with common.failing(f"{what}: cannot be imported"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def function_reward(function, what):
+    """A user's f(prompts, completions, **columns) → list, a number or None per completion.
+
+    In a chat a completion is [{"role": "assistant", "content": …}], as in trl.
+    """
+    def reward(groups, texts, ids, ended):
+        given = reward_arguments(groups, texts, ids)
         try:
             inspect.signature(function).bind(**given)
         except TypeError as error:
-            fail(f"{flag} {spec}: {error}; the data has the columns {', '.join(columns) or 'prompt only'}, "
-                 "and f(prompts, completions, **columns) takes any.")
-        values = function(**given)
-        values = values.tolist() if hasattr(values, "tolist") else values    # a tensor or an array
-        if not isinstance(values, (list, tuple)) or len(values) != len(texts):
-            count = len(values) if hasattr(values, "__len__") else repr(values)
-            fail(f"{flag} {spec}: it returned {count} values for {len(texts)} answers.")
-        for value, text in zip(values, texts):
-            if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
-                fail(f"{flag} {spec}: its reward is {value!r} for the answer {text[:60]!r}, no finite number nor None.")
-        return [None if v is None else float(v) for v in values]
+            raise RewardError(f"{what}: {error}; it is called with {', '.join(given)}, and "
+                              "f(prompts, completions, **columns) takes any.")
+        try:
+            values = function(**given)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(f"{what}: {common.first_line(error)}, in line {frame.lineno} of "
+                              f"{frame.filename}.")
+        return checked(values, texts, what)
     return reward
 
 
-def model_reward(path, args, device, flag):
-    """A reward model with its own tokeniser and template, z-scored by its stored statistics. As in its training and in
-    score.py an answer has an end token where it ended, and none where it was cut."""
-    encoder = load_encoder(path, chat=args.chat, flag=flag)
-    model = load_reward_model(path, encoder, device, flag)
-    if not hasattr(model.config, "reward_mean"):
-        print(f"note: {path} stores no statistics of its scores (train_rm.py does), so they are not z-scored")
-    mean, std, packed = getattr(model.config, "reward_mean", 0.0), getattr(model.config, "reward_std", 1.0) or 1.0, []
+def reward_arguments(groups, texts, ids):
+    """What a reward function is called with: copies, for it may change them."""
+    said = []
+    for g, text in zip(groups, texts):
+        chat = not isinstance(g.prompt, str)
+        said.append([{"role": "assistant", "content": text}] if chat else text)
+    given = {
+        "prompts": [copy.deepcopy(g.prompt) for g in groups],
+        "completions": said,
+        "completion_ids": [list(one) for one in ids]}
+    names = dict.fromkeys(name for g in groups for name in g.row)    # a row may lack some
+    for name in names:
+        if name not in given and name != "prompt":
+            given[name] = [copy.deepcopy(g.row.get(name)) for g in groups]
+    return given
+
+
+def checked(values, texts, what):
+    """N numbers or None, as a list, an array or a tensor → (N,) float64, NaN for None."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)) or len(values) != len(texts):
+        count = len(values) if hasattr(values, "__len__") else repr(values)
+        raise RewardError(f"{what}: it returned {count} values for {len(texts)} completions.")
+    numbers = []
+    for value, text in zip(values, texts):
+        if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
+            raise RewardError(f"{what}: its reward is {value!r:.60} for the completion "
+                              f"{text[:60]!r}, not a finite number and not None.")
+        numbers.append(math.nan if value is None else float(value))
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def model_reward(path, what, args, device):
+    """A reward model with its own tokeniser and template, z-scored by its stored statistics.
+
+    As in its training and in score.py a completion has an end token only where it ended.
+    """
+    encoder = common.load_encoder(path, chat=args.chat, flag=FLAG)
+    model = common.load_reward_model(path, encoder, device, FLAG)
+    autocast = common.pick_autocast(args.dtype, device)
+    mean = getattr(model.config, "reward_mean", 0.0)
+    std = getattr(model.config, "reward_std", 1.0) or 1.0
     curve = getattr(model.config, "reward_by_length", None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    packed = None                                            # not known before the first completion
+    if not hasattr(model.config, "reward_mean"):
+        print(f"note: {path} stores no statistics of its scores (train_rm.py does), so they are "
+              "not z-scored")
     if args.calibrate_length and not curve:
         fail(f"--calibrate-length: {path} stores no length curve; train it with train_rm.py.")
 
-    @torch.no_grad()
-    def reward(groups, texts, ids, ended=None):
-        made = [encoder(Group(g.where, g.prompt, [t])) for g, t in zip(groups, texts)]
-        for g, whole in zip(made, ended or [True] * len(made)):
-            if not whole and len(g.completion_ids[0]) > 1:
-                g.completion_ids[0].pop()
-        if (longest := max(map(Group.tokens, made))) > encoder.max_positions:
-            fail(f"{flag} {path}: a prompt and its answer are {longest} of its tokens, and it has {encoder.max_positions} "
-                 "positions; lower --max-length or --max-new-tokens.")
-        if not packed:
-            packed.append(can_pack(model, made, reward_scores))
-        scores = {}
-        for micro in micro_batches(made, args.micro_batch_tokens, packed[0]):
-            with autocast:
-                values = reward_scores(model, lay_out(model, micro, packed[0])).tolist()
-            scores |= {id(g): v for g, v in zip(micro, values)}
-        values = [scores[id(g)] for g in made]
+    def reward(groups, texts, ids, ended):
+        nonlocal packed
+        scored = []
+        for g, text, whole in zip(groups, texts, ended):
+            one = encoder(replace(g, completions=[text]))
+            if not whole and len(one.completion_ids[0]) > 1:
+                one.completion_ids[0].pop()
+            scored.append(one)
+        longest = max(map(Group.tokens, scored))
+        if longest > encoder.max_positions:
+            raise RewardError(f"{what}: a prompt and its completion are {longest} of its tokens, "
+                              f"and it has {encoder.max_positions} positions; lower --max-length "
+                              "or --max-new-tokens.")
+
+        if packed is None:
+            packed = common.can_pack(model, scored, reward_scores)
+        scores = for_all(
+            reward_scores, model, scored, args.micro_batch_tokens, packed, autocast, "")
+        values = scores.double()                                                 # (N,)
         if args.calibrate_length:
-            values = calibrate(values, [len(g.completion_ids[0]) for g in made], curve, mean).tolist()
-        for value, text in zip(values, texts):
-            if not math.isfinite(value):
-                fail(f"{flag} {path}: its score is not finite ({value}) for the answer {text[:60]!r}.")
-        return [(v - mean) / std for v in values]
+            lengths = [len(g.completion_ids[0]) for g in scored]
+            values = common.calibrate(values, lengths, curve, mean)
+        return (checked(values, texts, what) - mean) / std
     return reward
 
 
-# --- rollout ----------------------------------------------------------------------------------------------------------
+# --- rollouts -------------------------------------------------------------------------------------
 
 def draw_seed(*parts):
-    """A seed made of run seed, purpose and step: nothing random is carried from step to step, so resume is exact."""
+    """A seed made of run seed, purpose and step: nothing random is carried from step to step, so
+    resuming is exact."""
     return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:15], 16)
 
 
-def rollout(policy, encoder, prompts, rewards, watch, args, autocast, n, seed, spent, progress=None):
-    """Sample n answers for each prompt and reward them → one dict a prompt: group, and lists of n: ids, logps, ended,
-    texts, reward, by_reward. spent: Counter of the seconds that went to "sample" and to "reward".
-    """
+def sample_and_reward(model, encoder, groups, rewards, args, autocast, n, seed, progress=""):
+    """n completions of each prompt → Rollout. rewards: those of --reward, then those of --watch."""
     began = time.perf_counter()
+    prompts = [g.prompt_ids for g in groups]
     with autocast:
-        answers = sample(policy, [g.prompt_ids for g in prompts], n, args.max_new_tokens, encoder.stops, args.temperature, args.top_p,
-                         seed=seed, progress=progress)
+        samples = common.sample(
+            model, prompts, n, args.max_new_tokens, encoder.stops, args.temperature, args.top_p,
+            seed=seed, progress=progress)
     sampled = time.perf_counter()
-    groups = [g for g in prompts for _ in range(n)]          # p1 p1 p1 p2 p2 p2: each answer beside its own row's columns
-    flat = [a for group in answers for a in group]
-    texts = [encoder.decode(a.ids) for a in flat]
-    ids, ended = [a.ids for a in flat], [a.ended for a in flat]
-    values = {name: f(groups, texts, ids, ended) for name, f in {**rewards, **watch}.items()}
-    total = combine([values[name] for name in rewards], args.reward_weights, args.reward_aggregate)
-    spent.update({"sample": sampled - began, "reward": time.perf_counter() - sampled})
-    cut = lambda xs, i: xs[i * n:(i + 1) * n]  # noqa: E731
-    return [{"group": g, "ids": [a.ids for a in answers[i]], "logps": [sum(a.logps) for a in answers[i]],
-             "ended": [a.ended for a in answers[i]], "texts": cut(texts, i),
-             "reward": cut(total, i), "by_reward": {k: cut(v, i) for k, v in values.items()}}
-            for i, g in enumerate(prompts)]
+
+    ids = [s.ids for s in samples]
+    texts = [encoder.decode(s.ids) for s in samples]
+    ended = [s.ended for s in samples]
+    asked = [g for g in groups for _ in range(n)]            # each completion beside its own row
+    values = {name: reward(asked, texts, ids, ended) for name, reward in rewards.items()}
+    summands = torch.stack(list(values.values())[:len(args.reward)])             # (R, N)
+    factors = args.reward_weights or [1.0] * len(args.reward)
+    return Rollout(
+        groups=groups,
+        ids=ids,
+        texts=texts,
+        ended=torch.tensor(ended),
+        logps=torch.tensor([sum(s.logps) for s in samples], dtype=torch.float64),
+        rewards=values,
+        reward=combine(summands, factors, args.reward_aggregate),
+        seconds=Counter(sample=sampled - began, reward=time.perf_counter() - sampled))
 
 
-def alike(roll):
-    """No two rewards of the group differ: no gradient. On the raw reward, before length shaping (as in DAPO)."""
-    return len({r for r in roll["reward"] if r is not None}) < 2
+def fill(rollout, sample_more, train, asked, args, step):
+    """Dynamic sampling: zero-variance groups give way to groups for other prompts of `train`, in at
+    most 4 rounds. On the raw reward, before length shaping (as in DAPO).
 
-
-def fill(rolls, sample_more, train, asked, args, step):
-    """Dynamic sampling: replace groups of no variance by groups for other prompts of `train`, in at most 4 rounds.
-
-    asked: numbers of the prompts that the step began with. Returns (the groups to learn from, all that were sampled).
+    sample_more(prompts, seed) → Rollout; asked: numbers of the prompts that the step began with.
+    Returns (what to learn from, all that was sampled).
     """
-    kept, every = [r for r in rolls if not alike(r)], list(rolls)
-    left = [i for i in range(len(train)) if i not in set(asked)]
-    for round_ in range(1, 5):
-        count = min(len(left), len(rolls) - len(kept))
-        if not count:
+    def varied(some):
+        return some.take(~zero_variance(some.by_prompt(some.reward)))
+
+    every = rollout
+    kept = varied(rollout)
+    left = sorted(set(range(len(train))) - set(asked))
+    for attempt in range(1, 5):
+        needed = min(len(left), len(rollout.groups) - len(kept.groups))
+        if not needed:
             break
-        more = random.Random(f"{args.seed} {step} {round_}").sample(left, count)
-        left = [i for i in left if i not in set(more)]
-        every += sample_more([train[i] for i in more], draw_seed(args.seed, "train", step, round_))
-        kept += [r for r in every[-count:] if not alike(r)]
+        chosen = random.Random(f"{args.seed} {step} {attempt}").sample(left, needed)
+        left = sorted(set(left) - set(chosen))
+        seed = draw_seed(args.seed, "train", step, attempt)
+        more = sample_more([train[i] for i in chosen], seed)
+        every = every.join(more)
+        kept = kept.join(varied(more))
     return kept, every
 
 
-def forward(model, groups, packed, args):
-    """Log-probs of all completion tokens of a micro-batch at --temperature, and whose they are: (T,), (T,)."""
-    batch = lay_out(model, groups, packed)
-    logp = token_logps(model, batch, args.temperature)
-    return logp, batch.owner.to(logp.device)
+def as_groups(rollout, wanted, args, packed):
+    """Those completions of a rollout that wanted (N,) marks, as groups; g.index says which.
 
-
-def minibatches(rolls, wanted, args, packed):
-    """A step's N answers → --minibatches parts, each (numbers of its answers, its Micros). Cut once for every pass.
-
-    wanted (N,): False where an answer gives no gradient: nothing is computed for it, but it is in the denominators.
-    A group over the budget is split: the loss is a sum over answers, so it may be. Where nothing is packed, and so no
-    prompt is shared, every answer stands alone.
+    A group over the budget is split: the loss is a sum over completions, so it may be. Where
+    nothing is packed, and so no prompt is shared, every completion stands alone.
     """
-    plan, count = [], min(args.minibatches, len(rolls))
-    for first in range(count):
-        numbers, pieces = [], []
-        for r in range(first, len(rolls), count):
-            piece, prompt = None, rolls[r]["group"]
-            for i, ids in enumerate(rolls[r]["ids"], r * len(rolls[r]["ids"])):
-                numbers.append(i)
-                if wanted[i] and (piece is None or not packed or piece.tokens() + len(ids) > args.micro_batch_tokens):
-                    piece = Group(prompt.where, prompt.prompt, [], {"index": []}, prompt.prompt_ids)
-                    pieces.append(piece)
-                if wanted[i]:
-                    piece.completion_ids.append(ids)
-                    piece.row["index"].append(i)
-        micros = micro_batches(pieces, args.micro_batch_tokens, packed)
-        plan.append((numbers, [Micro(groups, [i for g in groups for i in g.row["index"]]) for groups in micros]))
-    return plan
+    groups = []
+    prompt_of = rollout.prompt.tolist()
+    for i in wanted.nonzero()[:, 0].tolist():
+        ids = rollout.ids[i]
+        same = groups and prompt_of[groups[-1].index[-1]] == prompt_of[i]
+        if packed and same and groups[-1].tokens() + len(ids) <= args.micro_batch_tokens:
+            groups[-1].completion_ids.append(ids)
+            groups[-1].index.append(i)
+        else:
+            prompt = rollout.groups[prompt_of[i]]
+            groups.append(replace(prompt, completion_ids=[ids], index=[i]))
+    return groups
 
 
-def describe(rolls, names):
-    """What the log says of a step's samples: rewards, lengths, repetition. names: of all rewards, watched ones too."""
-    lengths, ended = [len(ids) for r in rolls for ids in r["ids"]], [e for r in rolls for e in r["ended"]]
-    repeated = [1 - len(set(map(tuple, r["ids"]))) / len(r["ids"]) for r in rolls]
-    result = {"frac_reward_zero_std": statistics.mean(alike(r) for r in rolls), "completions/sampled_groups": len(rolls),
-              "entropy": -sum(x for r in rolls for x in r["logps"]) / sum(lengths),
-              "completions/mean_length": statistics.mean(lengths), "completions/identical": statistics.mean(repeated),
-              "completions/clipped_ratio": 1 - sum(ended) / len(ended)}
-    groups = [[x for x in r["reward"] if x is not None] for r in rolls]
-    if any(groups):
-        result |= {"reward": statistics.mean(x for group in groups for x in group),
-                   "reward_std": statistics.mean(statistics.stdev(g) if len(g) > 1 else 0.0 for g in groups)}
-    for name in names:
-        values = [v for r in rolls for v in r["by_reward"][name] if v is not None]
-        result[f"rewards/{name}/count"] = len(values)
-        if values:
-            result[f"rewards/{name}/mean"] = statistics.mean(values)
+def log_probs(model, minibatches, lengths, args, packed, autocast):
+    """log π of the tokens of the minibatches before the update: (M,), NaN for others or no model.
+
+    Computed in the micro-batches of the update, so that at the first one ρ is exactly 1.
+    """
+    column = torch.full((int(lengths.sum()),), math.nan)
+    measure = functools.partial(token_logps, temperature=args.temperature)
+    for groups in minibatches:
+        if model is not None and groups:
+            column[token_index(groups, lengths)] = for_all(
+                measure, model, groups, args.micro_batch_tokens, packed, autocast, "")
+    return column
+
+
+def prepare(rollout, model, reference, args, packed, autocast):
+    """What the updates of a step need → (advantages (N,), minibatches, Tokens).
+
+    A minibatch is a list of groups: one optimizer step's completions that need a gradient.
+    """
+    lengths = rollout.lengths                                                    # (N,)
+    penalty = overlong_penalty(lengths, args.max_new_tokens, args.overlong_penalty)
+    reward = rollout.reward + penalty                                            # (N,)
+    scale = advantage_scale(args)
+    A = advantages(rollout.by_prompt(reward), scale).flatten()                   # (N,)
+
+    # What counts is in the denominators; without a KL, advantage 0 needs no computation.
+    masked = ~rollout.ended & args.mask_truncated                                # (N,)
+    counted = ~reward.isnan() & ~masked                                          # (N,)
+    needs_gradient = counted & ((A != 0) | (args.beta > 0))                      # (N,)
+    if args.kl == "reward":              # a group's mean KL has all of its completions in it
+        needs_gradient = ~reward.isnan()
+
+    part = rollout.prompt % args.minibatches                                     # (N,)
+    minibatches = []
+    for number in part.unique():
+        minibatches.append(as_groups(rollout, needs_gradient & (part == number), args, packed))
+
+    # Log-probs before the update. A single one takes its own as those of π_old.
+    several = len(minibatches) * args.updates_per_batch > 1
+    policy = model if several or args.kl == "reward" else None
+    old = log_probs(policy, minibatches, lengths, args, packed, autocast)        # (M,)
+    ref = log_probs(reference, minibatches, lengths, args, packed, autocast)     # (M,)
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)                # (M,)
+    if args.kl == "reward":                                                      # (10)
+        k1 = sum_by(old - ref, owner, len(lengths)).double()                     # (N,)
+        own = scale if scale == "leave-one-out" else "none"
+        A = A - args.beta * advantages(rollout.by_prompt(k1), own).flatten()
+
+    # From completions to tokens, here only: token-level advantages would replace A[owner].
+    weight = weights(lengths, counted, part, args)                               # (N,)
+    return A, minibatches, Tokens(A[owner], weight[owner], old, ref, owner, lengths)
+
+
+def reward_means(rollout):
+    """The mean of what is trained on and of each reward alone, where any completion has one."""
+    columns = {"reward": rollout.reward}
+    for name, values in rollout.rewards.items():
+        columns[f"rewards/{name}/mean"] = values
+    return {name: r.nanmean().item() for name, r in columns.items() if not r.isnan().all()}
+
+
+def describe(rollout):
+    """Metrics of a step's samples: rewards, lengths, repetition, time."""
+    r = rollout.by_prompt(rollout.reward)                                        # (P, G)
+    lengths = rollout.lengths.double()                                           # (N,)
+    repeated = []
+    for p in range(len(rollout.groups)):
+        different = set(map(tuple, rollout.ids[rollout.span(p)]))
+        repeated.append(1 - len(different) / rollout.size)
+    result = reward_means(rollout) | {
+        "frac_reward_zero_std": zero_variance(r).double().mean().item(),
+        "completions/sampled_groups": len(rollout.groups),
+        "entropy": -(rollout.logps.sum() / lengths.sum()).item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/identical": statistics.mean(repeated),
+        "completions/clipped_ratio": 1 - rollout.ended.double().mean().item(),
+        "sample_tokens_per_second": lengths.sum().item() / rollout.seconds["sample"]}
+    if "reward" in result:
+        result["reward_std"] = centre(r)[2].mean().item()
+    for name, values in rollout.rewards.items():
+        result[f"rewards/{name}/count"] = int((~values.isnan()).sum())
+    for name, seconds in rollout.seconds.items():
+        result[f"seconds/{name}"] = seconds
     return result
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+def completion_rows(rollout, A, step):
+    """What completions.jsonl holds of a step: one row a prompt."""
+    rows = []
+    for p, group in enumerate(rollout.groups):
+        mine = rollout.span(p)
+        rewards = [None if math.isnan(r) else r for r in rollout.reward[mine].tolist()]
+        rows.append({
+            "step": step,
+            "prompt": group.prompt,
+            "completions": rollout.texts[mine],
+            "rewards": rewards,
+            "advantages": A[mine].tolist()})
+    return rows
 
-def evaluate(policy, encoder, groups, rewards, watch, args, autocast):
-    """Fresh samples for held-out prompts: mean reward, pass@1 with its error over prompts, pass@k, mean length.
 
-    A sample passes where the first --reward is above 0.5: exact for rewards of 0 and 1, a threshold for others.
+def sample_line(prompt, texts, values):
+    """A prompt and up to four of its completions with a number each, for the terminal."""
+    shown = [f"{text[:40]!r} {value:+.2f}" for text, value in list(zip(texts, values))[:4]]
+    return f"  {str(prompt)[-70:]!r} ▸ " + ", ".join(shown)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+def evaluate(model, encoder, groups, rewards, args, autocast, show=0):
+    """Fresh samples for held-out prompts: mean reward, pass@1 … pass@k with errors over prompts.
+
+    A sample passes where the first --reward is above 0.5: exact for rewards of 0 and 1, a threshold
+    for others. One without a reward is neither correct nor wrong.
     """
-    asked = groups[:args.eval_samples]
-    rolls = rollout(policy, encoder, asked, rewards, watch, args, autocast, args.eval_k, draw_seed(args.seed, "eval"),
-                    Counter(), "evaluate")
-    every = [r for roll in rolls for r in roll["reward"] if r is not None]
-    if not every:
-        fail(f"--reward: not one of {len(asked) * args.eval_k} answers to held-out prompts got a reward.")
-    first = next(iter(rewards))
-    # An answer without a reward is neither right nor wrong.
-    rewarded = [[r > 0.5 for r in roll["by_reward"][first] if r is not None] for roll in rolls]
-    result = {"eval/n": len(asked), "eval/mean_length": statistics.mean(len(ids) for roll in rolls for ids in roll["ids"]),
-              "eval/clipped_ratio": statistics.mean(not e for roll in rolls for e in roll["ended"])}
-    for k in sorted({2 ** i for i in range(args.eval_k.bit_length())} | {args.eval_k}):      # 1, 2, 4, …, --eval-k
-        if estimates := [pass_at_k(len(x), sum(x), k) for x in rewarded if len(x) >= k]:
-            result[f"eval/pass@{k}"] = statistics.mean(estimates)
+    seed = draw_seed(args.seed, "eval")
+    rollout = sample_and_reward(
+        model, encoder, groups, rewards, args, autocast, args.eval_k, seed, "evaluate")
+    if rollout.reward.isnan().all():
+        raise RewardError(f"--reward: not one of {len(rollout.ids)} completions of held-out "
+                          "prompts got a reward.")
+    result = reward_means(rollout) | {
+        "n": len(groups),
+        "mean_length": rollout.lengths.double().mean().item(),
+        "clipped_ratio": (~rollout.ended).double().mean().item()}
+
+    first = rollout.by_prompt(next(iter(rollout.rewards.values())))              # (P, k)
+    judged = (~first.isnan()).sum(1).tolist()                                    # (P,)
+    correct = (first > 0.5).sum(1).tolist()                                      # (P,)
+    for k in sorted({2 ** i for i in range(args.eval_k.bit_length())} | {args.eval_k}):
+        estimates = [pass_at_k(n, c, k) for n, c in zip(judged, correct) if n >= k]
+        if estimates:
             spread = statistics.stdev(estimates) if len(estimates) > 1 else 0.0
-            result[f"eval/pass@{k}_se"] = spread / math.sqrt(len(estimates))
-    if every:
-        result["eval/reward"] = statistics.mean(every)
-    for name in {**rewards, **watch}:
-        values = [v for roll in rolls for v in roll["by_reward"][name] if v is not None]
-        if values:
-            result[f"eval/rewards/{name}/mean"] = statistics.mean(values)
-    return result
+            result[f"pass@{k}"] = statistics.mean(estimates)
+            result[f"pass@{k}_se"] = spread / math.sqrt(len(estimates))
+
+    for p in range(min(show, len(groups))):
+        mine = rollout.span(p)
+        tqdm.write(sample_line(groups[p].prompt, rollout.texts[mine], rollout.reward[mine]))
+    return {f"eval/{name}": value for name, value in result.items()}
 
 
 def eval_line(step, result, args):
-    line = f"step {step}: eval reward {result.get('eval/reward', math.nan):.3f}"
+    """One line for the terminal."""
+    r = {name.removeprefix("eval/"): value for name, value in result.items()}
+    line = f"step {step}: eval reward {r['reward']:.3f}"
     for k in (1, args.eval_k):
-        if f"eval/pass@{k}" in result:
-            line += f", pass@{k} {100 * result[f'eval/pass@{k}']:.1f} ± {100 * result[f'eval/pass@{k}_se']:.1f} %"
-    line += f" of {result['eval/n']} prompts, mean length {result['eval/mean_length']:.1f}"
-    extra = {k.split("/")[2]: v for k, v in result.items() if k.startswith("eval/rewards/")}
-    return line + (", " + ", ".join(f"{k} {v:.3f}" for k, v in extra.items()) if len(extra) > 1 else "")
+        if f"pass@{k}" in r:
+            line += f", pass@{k} {100 * r[f'pass@{k}']:.1f} ± {100 * r[f'pass@{k}_se']:.1f} %"
+    line += f" of {r['n']} prompts, mean length {r['mean_length']:.1f}"
+    each = {name.split("/")[1]: v for name, v in r.items() if name.startswith("rewards/")}
+    if len(each) > 1:
+        line += ", " + ", ".join(f"{name} {value:.3f}" for name, value in each.items())
+    return line
 
 
-# --- the run directory ------------------------------------------------------------------------------------------------
-# --- shared: run directory ---
+# --- checkpoints ----------------------------------------------------------------------------------
+# --- shared: checkpoints ---
 
 def lr_at(step, steps, args):
-    """Learning rate of update `step` (from 0): linear warm-up, then the schedule, which would be 0 at `steps`."""
+    """Learning rate of update `step` (from 0): linear warm-up, then the schedule, 0 at `steps`."""
     warmup = args.warmup_steps if args.warmup_steps >= 0 else steps // 10
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)          # 0 … 1
+    done = (step - warmup) / max(1, steps - warmup)                              # 0 … 1
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return args.learning_rate * decay[args.lr_schedule]
 
 
-def save_checkpoint(folder, model, optimizer, step):
-    """Weights and AdamW state after `step` updates, as safetensors in folder/step-N. Written beside, then renamed: one
-    rename is atomic, so a kill at any moment leaves the old checkpoint or the new one whole. No random state is kept,
-    since every random draw is a function of the seed and the step."""
-    writing = folder / "writing"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, writing / "weights.safetensors")
-    moments = {f"{i}.{k}": v.contiguous() for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    save_file(moments, writing / "optimizer.safetensors")
-    final = folder / f"step-{step}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(writing, final)
-    for old in folder.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+def save_checkpoint(out, model, optimizer, step):
+    """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
-
-def load_checkpoint(folder, model, optimizer):
-    """Restores model and optimizer from the newest checkpoint in folder and returns its number of updates."""
-    newest = max(folder.glob("step-*"), key=lambda f: int(f.name[5:]))
-    try:
-        weights, moments = load_file(newest / "weights.safetensors"), load_file(newest / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        fail(f"--resume: the checkpoint {newest} cannot be read ({error}).")
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            p.copy_(weights[n])
-    state = {}
-    for key, value in moments.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(newest.name[5:])
-
-
-def open_run(args, groups, steps):
-    """Makes the run directory → (folder, updates already done, whether the model was evaluated at that point).
-
-    --resume: the flags that shape the result and the tokens of all groups must be those of the start. A new run moves
-    what an earlier one left to old/ (one generation): nothing of it can pass for the new one's.
+    No random state is kept: every random draw is a function of the seed and the step. The
+    checkpoint before this one stays too.
     """
-    out = Path(args.output_dir)
-    free = {"resume", "output_dir", "max_steps", "epochs", "eval_every", "eval_samples", "save_every",
-            "micro_batch_tokens", "device"}
-    done = max((int(f.name[5:]) for f in out.glob("checkpoint/step-*")), default=None)
-    data = hashlib.sha256(json.dumps([(g.prompt_ids, g.completion_ids) for g in groups]).encode()).hexdigest()
-    if args.resume:
-        if done is None:
-            fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
-        if done > steps:
-            fail(f"--resume: the checkpoint is after step {done}, but --max-steps and --epochs end this run at {steps}.")
-        try:
-            before = json.loads((out / "args.json").read_text())
-            lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]          # the last one may be half written
-            # What came after the checkpoint will be done again.
-            lines = [line for line in map(json.loads, lines) if line["step"] <= done]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fail(f"--resume: args.json or metrics.jsonl in {out} cannot be read ({error}).")
-        for key, value in vars(args).items():
-            if key not in free and before.get(key) != value:
-                fail(f"--resume: this run began with --{key.replace('_', '-')} {before.get(key)}, not {value}.")
-        if before.get("data_sha256") != data:
-            fail("--resume: the rows of --dataset or --eval-dataset, or their tokens, are not those of this run's start.")
-        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return out, done, any(line["step"] == done and "eval/n" in line for line in lines)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "args.json").exists():
-            shutil.rmtree(out / "old", ignore_errors=True)
-            (out / "old").mkdir()
-            # What runs write, by name: a file of somebody else's stays.
-            names = ("args.json metrics.jsonl completions.jsonl checkpoint config.json generation_config.json model*.safetensors* "
-                     "tokenizer* chat_template* special_tokens_map.json added_tokens.json vocab.* merges.txt").split()
-            for file in {f for name in names for f in out.glob(name)}:
-                os.replace(file, out / "old" / file.name)
-            print(f"{out}: an earlier run was here; it is kept in {out / 'old'}")
-        (out / "metrics.jsonl").write_text("")
-        (out / "args.json").write_text(json.dumps(vars(args) | {"data_sha256": data}, indent=1) + "\n")
-    except OSError as error:
-        fail(f"--output-dir {out}: cannot be written ({error}).")
-    return out, 0, False
+    state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            state[f"adamw {i} {name}"] = value.contiguous()
+    folder = out / "checkpoint"
+    file = folder / f"step-{step}.safetensors"
+    before = common.newest_checkpoint(out)[1]
+    common.save_tensors(state, file)
+    for old in folder.glob("step-*.safetensors"):
+        if old not in (before, file):
+            old.unlink()
 
 
-def save_model(out, model, tokenizer):
-    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole."""
-    writing = out / "writing"
-    shutil.rmtree(writing, ignore_errors=True)
-    model.save_pretrained(writing)
-    tokenizer.save_pretrained(writing)
-    for file in sorted(writing.iterdir()):
-        os.replace(file, out / file.name)
-    writing.rmdir()
-
-
-def log(out, step, values):
-    with open(out / "metrics.jsonl", "a") as f:
-        f.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def catch_signals():
-    """Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once."""
-    caught = []
-
-    def on_signal(number, frame):
-        caught.append(number)
-        tqdm.write("stopping after this step, with a checkpoint (again: at once)")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_, on_signal)
-    return caught
+def load_checkpoint(out, model, optimizer):
+    """Restores model and optimizer from the newest checkpoint of a run directory."""
+    file = common.newest_checkpoint(out)[1]
+    with common.failing(f"--resume: the checkpoint {file} cannot be read"):
+        state = load_file(file)
+    moments = {}
+    with common.failing(f"--resume: the checkpoint {file} is not of this model"), torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(state.pop(f"weight {name}").view(p.shape))
+        for key, value in state.items():
+            _, i, name = key.split(" ")
+            moments.setdefault(int(i), {})[name] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 # --- end shared ---
 
-# --- main -------------------------------------------------------------------------------------------------------------
 
-def load_data(source, args, encoder, what):
-    """Rows → tokenised prompts; prints what was kept and dropped, and one example."""
-    groups, report = read_groups(source, ("prompt",), args.split, args.columns, args.limit, args.prefer)
-    if args.max_length > encoder.max_positions:
-        print(f"--max-length {args.max_length} is lowered to {encoder.max_positions}, the positions that the model has")
-        args.max_length = encoder.max_positions
-    if args.max_length <= args.max_new_tokens:
-        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt within --max-length {args.max_length}.")
-    room = args.max_length - args.max_new_tokens + 1         # + 1: tokenise() keeps a prompt that leaves room for one token
-    groups = tokenise(groups, report, encoder, room, args.overlong, f"tokenise {what}")
-    print(f"{what}: {account(source, report, encoder)}")
-    if not groups:
-        fail(f"{source}: no rows are left; the line above says why.")
-    print(encoder.show(groups[0]))
-    if encoder.tokenizer.chat_template and isinstance(groups[0].prompt, str) and not args.chat:
-        print("  the tokeniser has a chat template, but these prompts stay plain text (--chat makes them user turns)")
-    return groups
+# --- main -----------------------------------------------------------------------------------------
 
-
-def trial(train, args):
-    """Groups for can_pack before anything is sampled: three short ones, and one as long as groups can get in training."""
-    longest = max(train, key=lambda g: len(g.prompt_ids))
-    room = min(args.group_size * args.max_new_tokens, args.max_length - len(longest.prompt_ids), 2048)
-    short = [Group(g.where, g.prompt, [], {}, g.prompt_ids, [g.prompt_ids[-9:], g.prompt_ids[-5:]]) for g in train[:3]]
-    filler = (longest.prompt_ids * room)[:room]
-    return short + [Group(longest.where, longest.prompt, [], {}, longest.prompt_ids, [filler, filler])]
+def trial(train, max_length, args):
+    """Groups for can_pack() before anything is sampled: three short ones, and one as long as a
+    group can get in training."""
+    groups = [replace(g, completion_ids=[g.prompt_ids[-9:], g.prompt_ids[-5:]]) for g in train[:3]]
+    longest = max(train, key=Group.tokens)
+    room = min(args.group_size * args.max_new_tokens, max_length - longest.tokens(), 2048)
+    ids = (longest.prompt_ids * room)[:room]
+    return groups + [replace(longest, completion_ids=[ids, ids])]
 
 
 def main(argv=None):
     args = parse_args(argv)
     # --- setup
-    device = pick_device(args.device)
-    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    encoder = load_encoder(args.model, args.chat_template, args.chat)
-    if args.ref_model:
-        ref_tokenizer = load_encoder(args.ref_model, flag="--ref-model").tokenizer
-        if ref_tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
-            fail(f"--ref-model {args.ref_model}: its tokeniser differs from --model's: log-probs cannot be compared.")
-    train = load_data(args.dataset, args, encoder, "train")
-    if args.eval_dataset:
-        held_out = load_data(args.eval_dataset, args, encoder, "eval")
-        if both := {str(g.prompt) for g in train} & {str(g.prompt) for g in held_out}:
-            print(f"  {len(both)} prompts of --eval-dataset are also trained on")
-    else:
-        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed)
-    every = list(load_rewards(args.reward + args.watch, args, device).items())       # one table: no two have one name
-    rewards, watch = dict(every[:len(args.reward)]), dict(every[len(args.reward):])
-    steps = plan_steps(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
-    out, start, evaluated = open_run(args, train + held_out, len(steps))
-    due = lambda step: step in (0, len(steps)) or args.eval_every and step % args.eval_every == 0  # noqa: E731
+    # --- shared: setup ---
+    device = common.pick_device(args.device)
+    autocast = common.pick_autocast(args.dtype, device)
+    encoder = common.load_encoder(args.model, args.chat_template, args.chat)
+    max_length = common.fitting_length(args, encoder)
+    # --- end shared ---
+    if max_length <= args.max_new_tokens:
+        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt within "
+             f"--max-length {max_length}.")
+    # + 1: load_data() keeps a prompt that leaves room for one token.
+    room = max_length - args.max_new_tokens + 1
+    train, held_out = common.load_data(args, encoder, ("prompt",), room)
 
-    policy = load_model(args.model, encoder, device)
-    packed = can_pack(policy, trial(train, args))
+    rewards = load_rewards(args.reward + args.watch, args, device)
+    model = common.load_model(args.model, encoder, device)
+    packed = common.can_pack(model, trial(train, max_length, args))
     reference = None
+    if args.ref_model:
+        other = common.load_encoder(args.ref_model, flag="--ref-model")
+        common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
     if args.beta:
-        reference = load_model(args.ref_model or args.model, encoder, device, "--ref-model").requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=args.weight_decay, fused=device.type != "mps")
+        path = args.ref_model or args.model
+        reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
+
+    # --- shared: open the run ---
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
+    hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
+    hashes["model_sha256"] = common.model_fingerprint(model)
+    out, start, evaluated = common.open_run(args, len(plan), **hashes)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        weight_decay=args.weight_decay, fused=device.type != "mps")
     if start:
-        start = load_checkpoint(out / "checkpoint", policy, optimizer)
-    size = sum(p.numel() for p in policy.parameters())
-    print(f"{size / 1e6:.2f} M parameters on {device} in {args.dtype}; "
-          f"{len(train):,} prompts to train on, {len(held_out):,} held out; "
-          f"{len(steps):,} steps of {args.batch_size} prompts × {args.group_size} answers; "
-          f"rewards: {', '.join(rewards)}" + (f"; watched: {', '.join(watch)}" if watch else ""))
+        load_checkpoint(out, model, optimizer)
+    common.describe_run(model, train, held_out, plan, args, packed)
+    # --- end shared ---
+    trained = ", ".join(list(rewards)[:len(args.reward)])
+    watched = ", ".join(list(rewards)[len(args.reward):]) or "none"
+    print(f"  {args.group_size} completions of each prompt; rewards: {trained}; watched: {watched}")
     if args.top_p < 1:
-        print("note: with --top-p below 1 samples are not the policy's own; the ratio stays that of the full softmax")
-    if size > 1e8 and args.learning_rate >= 1e-4:
-        print(f"note: --learning-rate {args.learning_rate:g} suits the toy; for this size 5e-7 to 5e-6 is usual")
-    if held_out and args.eval_samples and due(start) and not evaluated:
-        log(out, start, result := evaluate(policy, encoder, held_out, rewards, watch, args, autocast))
-        print(eval_line(start, result, args))
+        print("note: with --top-p below 1 samples are not the policy's own; the ratio stays that "
+              "of the full softmax")
+
+    @contextmanager
+    def saving(step):
+        """Where a reward fails, the state after `step` updates is not lost."""
+        try:
+            yield
+        except RewardError as error:
+            if not step:
+                fail(error)
+            save_checkpoint(out, model, optimizer, step)
+            fail(f"{error} The state after step {step} is saved: --resume goes on from there.")
+
+    def look(step, show=0):
+        """Evaluates after `step` updates, for metrics.jsonl and the terminal."""
+        asked = held_out[:args.eval_samples]
+        if not asked:
+            return
+        with saving(step):
+            result = evaluate(model, encoder, asked, rewards, args, autocast, show)
+        log(out, step, result)
+        tqdm.write(eval_line(step, result, args))
+
+    def sample_more(groups, seed):
+        return sample_and_reward(
+            model, encoder, groups, rewards, args, autocast, args.group_size, seed)
+
+    def update(step, groups, tokens):
+        """One optimizer step on a minibatch → (norm of its gradient, Counter of metric sums)."""
+        sums = Counter(computed=sum(g.tokens() for g in groups))
+
+        # The gradient of the minibatch, summed over micro-batches (memory, not statistics).
+        optimizer.zero_grad(set_to_none=True)
+        for micro in common.micro_batches(groups, args.micro_batch_tokens, packed):
+            with autocast:
+                batch = common.lay_out(model, micro, packed)
+                logp = token_logps(model, batch, args.temperature)              # (T,)
+            loss, part_sums = micro_loss(tokens.of(micro, logp), args)
+            loss.backward()
+            sums.update(part_sums)
+
+        # --- shared: update ---
+        # A gradient that is not finite would ruin the weights: the state before it is kept instead.
+        bound = args.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
+        if not torch.isfinite(grad_norm):
+            save_checkpoint(out, model, optimizer, step)
+            fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
+                 "state before it is saved: --resume with a lower --lr goes on from there.")
+        for g in optimizer.param_groups:
+            g["lr"] = lr_at(step, len(plan), args)
+        optimizer.step()
+        # --- end shared ---
+        return grad_norm.item(), sums
+
+    # --- shared: before the loop ---
+    def due(step):
+        """Whether to evaluate after `step` updates."""
+        return step in (0, len(plan)) or args.eval_every and step % args.eval_every == 0
+
+    if held_out and due(start) and not evaluated:
+        look(start, show=3)
+    stopped = common.catch_signals()
+    saved_at = time.monotonic()
+    steps = range(start, len(plan))
+    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
+    # --- end shared ---
+    recent = []                      # rows of completions.jsonl: the last eight steps
+    if start and (out / "completions.jsonl").is_file():
+        rows = common.read_lines(out / "completions.jsonl")
+        recent = [row for row in rows if row["step"] <= start]
 
     # --- loop
-    stopped, recent = catch_signals(), []                    # recent: what completions.jsonl holds
-    if start and (out / "completions.jsonl").is_file():
-        lines = (out / "completions.jsonl").read_text().splitlines()
-        recent = [line for line in map(json.loads, lines) if line["step"] <= start]
-    bar = tqdm(range(start, len(steps)), initial=start, total=len(steps), desc=args.loss, unit="step", disable=None)
     for step in bar:
-        # sample
-        spent = Counter()                                    # seconds
-        more = lambda prompts, seed: rollout(policy, encoder, prompts, rewards, watch, args, autocast,  # noqa: E731
-                                             args.group_size, seed, spent)
-        rolls = every = more([train[i] for i in steps[step]], draw_seed(args.seed, "train", step, 0))
-        if args.dynamic_sampling:
-            rolls, every = fill(rolls, more, train, steps[step], args, step)
-        metrics, began = describe(every, [*rewards, *watch]), time.perf_counter()
-        if rolls:                                            # dynamic sampling may have found no group to learn from
-            # advantages
-            ended = [e for roll in rolls for e in roll["ended"]]                                     # (N,)
-            lengths = [len(ids) for roll in rolls for ids in roll["ids"]]                            # (N,)
-            raw = [math.nan if x is None else x for roll in rolls for x in roll["reward"]]           # (N,)
-            penalty = [overlong_penalty(n, args.max_new_tokens, args.overlong_penalty) for n in lengths]
-            r = torch.tensor(raw, dtype=torch.float64) + torch.tensor(penalty, dtype=torch.float64)  # (N,)
-            A = advantages(r.view(len(rolls), -1), args.advantage, args.loss).flatten()              # (N,)
-            counts = [0 if x.isnan() or args.mask_truncated and not e else n for x, n, e in zip(r, lengths, ended)]
-            # log-probs before the update
-            in_reward, k1 = args.kl == "reward", 0 * r       # (N,) Σ_t k1 of each answer; NaN where r is
-            wanted = [in_reward or n > 0 and (a != 0 or args.beta > 0) for n, a in zip(counts, A.tolist())]
-            plan = minibatches(rolls, wanted, args, packed)
-            with torch.no_grad(), autocast:
-                for micro in (micro for _, micros in plan for micro in micros):
-                    if reference is not None:
-                        micro.ref, owner = forward(reference, micro.groups, packed, args)
-                    if in_reward or len(plan) * args.updates_per_batch > 1:
-                        micro.old, owner = forward(policy, micro.groups, packed, args)
-                    if in_reward:
-                        k1[micro.index] += sum_by_owner(micro.old - micro.ref, owner, len(micro.index)).double().cpu()
-            if in_reward:                                    # (10)
-                A = A - args.beta * advantages(k1.view(len(rolls), -1), "none", args.loss).flatten()
-            A = A.to(device)
-            # update
-            sums, norms = Counter(), []
-            for numbers, micros in plan * args.updates_per_batch:
-                w = torch.zeros(len(A))
-                w[numbers] = weights([counts[i] for i in numbers], args.loss, args.max_new_tokens)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, len(steps), args)
-                optimizer.zero_grad(set_to_none=True)
-                for micro in micros:
-                    with autocast:
-                        logp, owner = forward(policy, micro.groups, packed, args)                    # (T,), (T,)
-                    loss, micro_sums = micro_loss(logp, owner, micro, A, w.to(device), args)
-                    loss.backward()
-                    sums.update(micro_sums)
-                norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item())
-                if not math.isfinite(norms[-1]):
-                    fail(f"step {step + 1}: the gradient is not finite; try a lower --learning-rate.")
-                optimizer.step()
-            spent["update"] = time.perf_counter() - began
-            computed = sum(g.tokens() for _, micros in plan for micro in micros for g in micro.groups)
-            metrics |= {"loss": sums["loss"] / len(norms), "grad_norm": statistics.mean(norms),
-                        "learning_rate": lr_at(step, len(steps), args),
-                        "tokens_per_second": args.updates_per_batch * computed / spent["update"]}
-            metrics |= {k: sums[k] / max(1, sums["tokens"]) for k in ("clip_ratio", "kl") if k in sums}
-            recent = [line for line in recent if line["step"] > step - 7]                            # the last 8 steps
-            recent += [{"step": step + 1, "prompt": roll["group"].prompt, "completions": roll["texts"], "rewards": roll["reward"],
-                        "advantages": a} for roll, a in zip(rolls, A.view(len(rolls), -1).tolist())]
-            (out / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in recent))
+        # Sample and reward. Every draw is seeded by step and prompt: a resumed run repeats it.
+        with saving(step):
+            seed = draw_seed(args.seed, "train", step, 0)
+            every = sample_more([train[i] for i in plan[step]], seed)
+            rollout = every
+            if args.dynamic_sampling:
+                rollout, every = fill(every, sample_more, train, plan[step], args, step)
+        metrics = describe(every)
+
+        # Learn from it: --updates-per-batch passes over --minibatches disjoint parts.
+        if rollout.groups:
+            began = time.perf_counter()
+            A, minibatches, tokens = prepare(rollout, model, reference, args, packed, autocast)
+            norms = []
+            sums = Counter()
+            for _ in range(args.updates_per_batch):
+                for groups in minibatches:
+                    norm, part_sums = update(step, groups, tokens)
+                    norms.append(norm)
+                    sums.update(part_sums)
+            metrics |= means(sums, norms, time.perf_counter() - began)
+            metrics["learning_rate"] = lr_at(step, len(plan), args)
+
+            recent = [row for row in recent if row["step"] > step - 7]
+            recent += completion_rows(rollout, A, step + 1)
+            common.write_lines(out / "completions.jsonl", recent)
         else:
-            tqdm.write(f"step {step + 1}: in all {len(every)} groups the rewards are alike; no update")
-        sampled = sum(len(ids) for roll in every for ids in roll["ids"])
-        metrics |= {"sample_tokens_per_second": sampled / spent["sample"], **{f"seconds/{k}": v for k, v in spent.items()}}
+            tqdm.write(f"step {step + 1}: {len(every.groups)} groups, all zero-variance; no update")
+        shown = {
+            "reward": "reward", "kl": "kl", "len": "completions/mean_length",
+            "truncated": "completions/clipped_ratio", "same": "completions/identical",
+            "zero-variance": "frac_reward_zero_std"}
+
+        # --- shared: log ---
         log(out, step + 1, metrics)
-        shown = {"reward": "reward", "kl": "kl", "len": "completions/mean_length", "cut": "completions/clipped_ratio",
-                 "same": "completions/identical", "flat": "frac_reward_zero_std"}
-        bar.set_postfix({k: f"{metrics[v]:.4g}" for k, v in shown.items() if v in metrics}, refresh=False)
-        last = step + 1 == len(steps)
-        if last or stopped or args.save_every and (step + 1) % args.save_every == 0:
-            save_checkpoint(out / "checkpoint", policy, optimizer, step + 1)
-        if held_out and args.eval_samples and due(step + 1):
-            log(out, step + 1, result := evaluate(policy, encoder, held_out, rewards, watch, args, autocast))
-            tqdm.write(eval_line(step + 1, result, args))
+        shown = {name: f"{metrics[key]:.4g}" for name, key in shown.items() if key in metrics}
+        bar.set_postfix(shown, refresh=False)
+        # --- end shared ---
+
+        # --- shared: save and evaluate ---
+        last = step + 1 == len(plan)
+        asked = args.save_every and (step + 1) % args.save_every == 0
+        if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
+            save_checkpoint(out, model, optimizer, step + 1)
+            saved_at = time.monotonic()
+        if held_out and due(step + 1):
+            look(step + 1, show=3 * last)
         if stopped and not last:
             bar.close()
-            print(f"stopped after step {step + 1} of {len(steps)}; --resume goes on from there")
+            print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
             raise SystemExit(130)
+        # --- end shared ---
 
     # --- save
-    for line in recent[-3:]:
-        some = list(zip(line["completions"], line["advantages"]))[:4]
-        print(f"  {str(line['prompt'])[-70:]!r} ▸ " + ", ".join(f"{t[:40]!r} {a:+.2f}" for t, a in some))
-    save_model(out, policy, encoder.tokenizer)
+    for row in recent[-3:]:
+        print(sample_line(row["prompt"], row["completions"], row["advantages"]))
+    common.save_model(out, model, encoder.tokenizer)
     print(f"saved in {out}: model, args.json, metrics.jsonl, completions.jsonl, checkpoint/")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -3,6 +3,7 @@
     python tests/bench.py dpo --model DIR --data pairs.jsonl [--batch-size 8] [--steps 6] [--against "COMMAND"]
     python tests/bench.py rm  --model DIR --data pairs.jsonl …
     python tests/bench.py grpo --model DIR --data prompts.jsonl [--group-size 8] [--max-new-tokens 128] …
+    python tests/bench.py joy-prompts > prompts.jsonl        # 64 beginnings of stories, for the reward joy below
 
 Trains for --steps steps with the script's own main(), in a process of its own, and prints seconds per step (median, the
 first step is warm-up), tokens per second and the peak memory above the loaded model. Then the floor on the same steps: a
@@ -17,6 +18,7 @@ forward and backward of the policy over what was sampled.
 import argparse
 import importlib
 import json
+import math
 import os
 import resource
 import shlex
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,15 +38,26 @@ def peak_mb():
 
 
 def joy(completions, **_):
+    """How often a story says happy, smile or love: a reward that is easy to game."""
     return [float(sum(c.count(w) for w in ("happy", "smile", "love"))) for c in completions]
+
+
+def joy_prompts():
+    """64 beginnings of stories, 8 heroes × 8 names, as JSON lines."""
+    heroes = ("dog", "cat", "bird", "bear", "girl", "boy", "frog", "rabbit")
+    names = ("Tim", "Lily", "Tom", "Mia", "Ben", "Sue", "Max", "Anna")
+    for hero in heroes:
+        for name in names:
+            print(json.dumps({"prompt": f"Once upon a time, there was a {hero} named {name}."}))
 
 
 def train(a):
     """Seconds per step and memory of the script itself, from outside: its log() is called once a step, its loader once."""
     import torch
+    import common
     script, loader = importlib.import_module(f"train_{a.what}"), "load_reward_model" if a.what == "rm" else "load_model"
     ticks, peaks, loaded = [], [], []
-    log, load_model = script.log, getattr(script, loader)
+    log, load_model = script.log, getattr(common, loader)
     script.log = lambda *x: (ticks.append(time.perf_counter()), peaks.append(peak_mb()), log(*x))
 
     def load_and_note(*x, **more):
@@ -51,7 +65,7 @@ def train(a):
         sum(p.sum().item() for p in model.parameters())      # a checkpoint is mapped, not read: touch it, or it counts as training's
         loaded.append(peak_mb())
         return model
-    setattr(script, loader, load_and_note)
+    setattr(common, loader, load_and_note)
     more = []
     if a.what == "grpo":
         more = ["--reward", f"{__file__}:joy", "--group-size", str(a.group_size), "--max-new-tokens", str(a.max_new_tokens)]
@@ -76,33 +90,44 @@ def floor(a):
     script = importlib.import_module(f"train_{a.what}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, args = common.load_encoder(a.model), script.parse_args([])
-    groups, report = common.read_groups(a.data, common.PAIRS)
-    groups = common.tokenise(groups, report, encoder, 4096)
-    load = {"dpo": common.load_model, "rm": lambda *x: common.load_reward_model(*x, new_head=True)}[a.what]
-    model, seconds = load(a.model, encoder, device), []
+    pairs = [name for name, row in common.FORMATS.items() if row.gives == "pair"]
+    groups, account = common.read_groups(a.data, pairs)
+    groups = common.tokenise(groups, account, encoder, 4096)
+    ref_logps = torch.zeros(common.number_completions(groups))
+    if a.what == "rm":
+        model = common.load_reward_model(a.model, encoder, device, new_head=True)
+    else:
+        model = common.load_model(a.model, encoder, device)
+    seconds = []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    for group in groups:
-        group.ref_logps = [0.0] * len(group.completion_ids)
+
+    def ours(micro):
+        """Our loss of a micro-batch, its gradient ready."""
+        with autocast:
+            batch = common.lay_out(model, micro, True)
+            values = (common.reward_scores if a.what == "rm" else common.completion_logps)(model, batch)
+        return script.micro_loss(values, *([ref_logps] if a.what == "dpo" else []), micro, args)[0]
 
     def clock():
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    for step in common.plan_steps(len(groups), a.batch_size, 1, a.steps, 0):
+    computed = tokens = 0
+    for step in common.Plan(len(groups), a.batch_size, 1, a.steps, 0):
         chosen, began = [groups[i] for i in step], clock()
         optimizer.zero_grad(set_to_none=True)
         for micro in common.micro_batches(chosen, a.micro_batch_tokens):
-            with autocast:
-                logps = script.forward(model, micro, True)
-            (script.micro_loss(logps, micro, args)[0] / len(chosen)).backward()
+            (ours(micro) / len(chosen)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         between = clock()
         optimizer.zero_grad(set_to_none=True)
         for micro in common.micro_batches(chosen, a.micro_batch_tokens):
             batch = common.lay_out(model, micro, True).to(device)
+            computed += batch.input_ids.numel()
+            tokens += sum(g.tokens() for g in micro)
             with autocast:
                 hidden = common.hidden_states(model, batch)
                 if a.what == "rm":
@@ -110,8 +135,8 @@ def floor(a):
                 else:
                     F.cross_entropy(common.head_logits(model, hidden[batch.read]), batch.target, reduction="sum").backward()
         seconds.append((between - began, clock() - between))
-    ours, bare = zip(*seconds[1:])                           # the first step is warm-up
-    return {"seconds_per_step": statistics.median(bare), "speed": sum(bare) / sum(ours)}
+    all_ours, bare = zip(*seconds[1:])                           # the first step is warm-up
+    return {"seconds_per_step": statistics.median(bare), "speed": sum(bare) / sum(all_ours), "overhead": computed / tokens - 1}
 
 
 def floor_grpo(a):
@@ -122,9 +147,10 @@ def floor_grpo(a):
     import train_grpo as script
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, args = common.load_encoder(a.model), script.parse_args(["--micro-batch-tokens", str(a.micro_batch_tokens)])
-    groups, report = common.read_groups(a.data, ("prompt",))
-    groups = common.tokenise(groups, report, encoder, 4096 - a.max_new_tokens)
-    model, reference = common.load_model(a.model, encoder, device), common.load_model(a.model, encoder, device).requires_grad_(False)
+    groups, account = common.read_groups(a.data, ("prompt",))
+    groups = common.tokenise(groups, account, encoder, 4096 - a.max_new_tokens)
+    model = common.load_model(a.model, encoder, device)
+    reference = common.load_model(a.model, encoder, device).requires_grad_(False)
     optimizer, seconds = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -133,35 +159,42 @@ def floor_grpo(a):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    for step, chosen in enumerate(common.plan_steps(len(groups), a.batch_size, 1, a.steps, 0)):
-        chosen, times = [groups[i] for i in chosen], [clock()]
+    for step, rows in enumerate(common.Plan(len(groups), a.batch_size, 1, a.steps, 0)):
+        chosen, times = [groups[i] for i in rows], [clock()]
         with autocast:
-            answers = common.sample(model, [g.prompt_ids for g in chosen], a.group_size, a.max_new_tokens, encoder.stops, seed=step)
+            samples = common.sample(model, [g.prompt_ids for g in chosen], a.group_size, a.max_new_tokens, encoder.stops, seed=step)
         times.append(clock())
         with torch.no_grad(), autocast:                      # every prompt as long as the longest: a plain loop has nothing better
             ids = torch.tensor([(g.prompt_ids * 4096)[:max(len(g.prompt_ids) for g in chosen)] for g in chosen], device=device)
             cache = model(input_ids=ids, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(a.group_size)
-            for _ in range(max(len(s.ids) for group in answers for s in group) - 1):
+            for _ in range(max(len(s.ids) for s in samples) - 1):
                 model(input_ids=ids[:, :1].repeat_interleave(a.group_size, 0), past_key_values=cache, logits_to_keep=1)
         times.append(clock())
-        rolls = [{"group": g, "ids": [s.ids for s in group]} for g, group in zip(chosen, answers)]
-        ((_, micros),) = script.minibatches(rolls, [True] * (len(rolls) * a.group_size), args, True)
+        pieces = []                                          # as the script: groups with their samples, numbered
+        for k, s in enumerate(samples):
+            if k % a.group_size == 0:
+                pieces.append(replace(chosen[k // a.group_size], completion_ids=[], index=[]))
+            pieces[-1].completion_ids.append(s.ids)
+            pieces[-1].index.append(k)
+        lengths = torch.tensor([len(s.ids) for s in samples])
+        ones = torch.ones(int(lengths.sum()))
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
         times.append(clock())
         optimizer.zero_grad(set_to_none=True)
+        ref = script.log_probs(reference, [pieces], lengths, args, True, autocast)
+        tokens = script.Tokens(ones, ones, math.nan * ones, ref, owner, lengths)
+        micros = common.micro_batches(pieces, a.micro_batch_tokens)
         for micro in micros:
-            with torch.no_grad(), autocast:
-                micro.ref, _ = script.forward(reference, micro.groups, True, args)
             with autocast:
-                logp, owner = script.forward(model, micro.groups, True, args)
-            ones = torch.ones(len(answers) * a.group_size, device=device)
-            script.micro_loss(logp, owner, micro, ones, ones, args)[0].backward()
+                logp = common.token_logps(model, common.lay_out(model, micro, True))
+            script.micro_loss(tokens.of(micro, logp), args)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         times.append(clock())
         optimizer.zero_grad(set_to_none=True)
         for micro in micros:
-            batch = common.lay_out(model, micro.groups, True).to(device)
+            batch = common.lay_out(model, micro, True).to(device)
             with torch.no_grad(), autocast:
                 common.head_logits(reference, common.hidden_states(reference, batch)[batch.read])
             with autocast:
@@ -176,9 +209,9 @@ def floor_grpo(a):
 
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False)
-    p.add_argument("what", choices=["dpo", "rm", "grpo"])
-    p.add_argument("--model", required=True)
-    p.add_argument("--data", required=True)
+    p.add_argument("what", choices=["dpo", "rm", "grpo", "joy-prompts"])
+    p.add_argument("--model")
+    p.add_argument("--data")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--micro-batch-tokens", type=int, default=8192)
     p.add_argument("--group-size", type=int, default=8)
@@ -187,6 +220,10 @@ def main():
     p.add_argument("--against", help="command of another trainer on the same work; its last line is JSON")
     p.add_argument("--part", choices=["train", "floor"], help=argparse.SUPPRESS)         # one measurement, one process
     a = p.parse_args()
+    if a.what == "joy-prompts":
+        return joy_prompts()
+    if not (a.model and a.data):
+        p.error("--model and --data are needed")
     if a.part:
         print(json.dumps((train if a.part == "train" else floor_grpo if a.what == "grpo" else floor)(a)))
         return
@@ -205,10 +242,12 @@ def main():
     bare = measure([sys.executable, *sys.argv, "--part", "floor"])
     print(f"floor: {bare['seconds_per_step']:.2f} s a step; step by step in one process, ours runs at {100 * bare['speed']:.0f} % of the floor's speed"
           + (" (" + ", ".join(f"{k} {100 * v:.0f} %" for k, v in bare["split"].items()) + ")" if a.what == "grpo" else ""))
+    if "overhead" in bare:
+        print(f"padding and repeated prompts: {100 * bare['overhead']:.0f} % on top of the tokens with each prompt counted once (the floor computes them too)")
     if a.against:
         peer = measure(shlex.split(a.against))
-        print(f"against: {peer['seconds_per_step']:.2f} s a step, peak {peer['peak_mb_above_model']:,} MB: we take {peer['seconds_per_step'] / ours['seconds_per_step']:.1f} times less time "
-              f"and {peer['peak_mb_above_model'] / ours['peak_mb_above_model']:.1f} times less memory")
+        print(f"against: {peer['seconds_per_step']:.2f} s a step, peak {peer['peak_mb_above_model']:,} MB: ours is {peer['seconds_per_step'] / ours['seconds_per_step']:.1f}× faster "
+              f"and takes {peer['peak_mb_above_model'] / ours['peak_mb_above_model']:.1f}× less memory")
         print(f"losses, ours: {ours['losses']}\nlosses, theirs: {[round(x.get('loss', 0), 5) for x in peer.get('log', [])]}")
 
 

@@ -1,8 +1,9 @@
-"""Sections ① read and ② tokenise of common.py: no row is changed or lost in silence, and the border never moves.
+"""Sections ① read and ② tokenise of common.py: no row is changed or lost in silence, and the boundary never moves.
 
 Expected values come from hand, from json / csv / pyarrow, or from a plain `tokenizers` object; never from common.py.
-a1 … a24 are the traps that a test keeps out: the moving border, the second BOS, the end that is never learnt, ….
+a1 … a24 are the traps that a test keeps out: the moving boundary, the second BOS, the end that is never learnt, ….
 """
+import argparse
 import csv
 import functools
 import gzip
@@ -11,7 +12,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,10 @@ import pytest  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
-from common import KINDS, MARK, PAIRS, Encoder, Group, account, read_groups, split_by_prompt, split_transcripts, tokenise  # noqa: E402
+from common import (  # noqa: E402
+    FORMATS, MARK, Account, Encoder, Group, failing, read_groups, split_by_prompt, split_transcripts, tokenise, within)
+
+PAIRS = [name for name, row in FORMATS.items() if row.gives == "pair"]
 
 
 def real(name):
@@ -50,29 +53,60 @@ def refuses(capsys):
 def data(tmp_path):
     """data(rows) → a file of the type that the name says, written by other means than those of common.py."""
     def data(rows, name="d.jsonl"):
-        kind, text = name.removesuffix(".gz").split(".")[1], io.StringIO(newline="")
-        if kind == "parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer := io.BytesIO())
-        elif kind == "csv":
+        ending = name.removesuffix(".gz").split(".")[1]
+        if ending == "parquet":
+            buffer = io.BytesIO()
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+            raw = buffer.getvalue()
+        elif ending == "csv":
+            text = io.StringIO(newline="")
             csv.writer(text).writerows([list(rows[0]), *(r.values() for r in rows)])
+            raw = text.getvalue().encode()
+        elif ending == "json":
+            raw = json.dumps(rows, indent=1).encode()
         else:
-            text.write(json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        raw = buffer.getvalue() if kind == "parquet" else text.getvalue().encode()
+            raw = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
         return str(tmp_path / name)
     return data
 
 
-def read(path, kinds=tuple(KINDS), **options):
-    groups, report = read_groups(str(path), kinds, **options)
-    return [(g.prompt, g.completions) for g in groups], report
+def read(path, usable=tuple(FORMATS), **options):
+    groups, account = read_groups(str(path), usable, **options)
+    return [(g.prompt, g.completions) for g in groups], account
 
 
-def reasons(report):
-    return {k: v for k, v in report.items() if k not in ("rows", "kept", "truncated")}
+# --- errors and flags -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("interval, kind, good, bad", [
+    ("[0, 1)", float, {"0": 0, "0.5": 0.5, "1e-9": 1e-9, "-0.0": 0}, ["1", "-1e-9", "nan", "inf", "-inf", "x", ""]),
+    ("(0, inf)", float, {"1e-300": 1e-300, "1e308": 1e308}, ["0", "inf", "1e999", "nan", "-1"]),
+    ("[1, inf)", int, {"1": 1, "9" * 400: int("9" * 400)}, ["0", "1e3", "2.0", "inf", "nan", "", "9" * 5000]),
+    ("[0, 2e18]", int, {"2000000000000000000": 2 * 10 ** 18}, ["2000000000000000001", "-1"]),
+])
+def test_flags_are_numbers_within_an_interval(interval, kind, good, bad):
+    parse = within(interval, kind)
+    for text, value in good.items():
+        assert parse(text) == value and type(parse(text)) is kind
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(interval)):
+            parse(text)
 
 
-# --- ① files -------------------------------------------------------------------------------------------------------------
+def test_the_innermost_sentence_is_the_one_that_is_said(refuses, capsys):
+    with refuses("inner (KeyError: 'x')"):
+        with failing("outer"):
+            with failing("inner"):
+                raise KeyError("x")
+    with refuses("outer (ValueError)"):
+        with failing("outer"):
+            raise ValueError
+    with pytest.raises(KeyboardInterrupt):                   # the user's own end is no failure
+        with failing("outer"):
+            raise KeyboardInterrupt
+
+
+# --- ① files ----------------------------------------------------------------------------------------------------------
 
 NASTY = 'commas, "quotes",\nnew\r\nlines, ' + "\u2028 \x85 ünï 🙂 and ['brackets']"
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -81,14 +115,16 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
 def test_every_file_type_gives_the_same_rows(data, ending, suffix):
-    rows = [{"prompt": NASTY, "chosen": "yes", "rejected": NASTY}, {"prompt": "q" * 200_000, "chosen": " 1", "rejected": "2"}]
-    groups, report = read(data(rows, f"d.{ending}{suffix}"))
+    rows = [{"prompt": NASTY, "chosen": "yes", "rejected": NASTY}]
+    rows += [{"prompt": "q" * 200_000, "chosen": " 1", "rejected": "2"}]
+    groups, account = read(data(rows, f"d.{ending}{suffix}"))
     assert groups == [(NASTY, ["yes", NASTY]), ("q" * 200_000, [" 1", "2"])]
-    assert report["rows"] == 2 and report.kind == "pair" and not reasons(report)
+    assert account.rows == 2 and account.format == "pair" and not account.dropped
 
 
 def test_byte_order_mark_blank_lines_and_limit(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(b'{"prompt": "q%d"}' % i for i in range(5)))
+    rows = [b'{"prompt": "q%d"}' % i for i in range(5)]
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(rows))
     assert read(tmp_path / "d.jsonl", limit=3)[0] == [("q0", []), ("q1", []), ("q2", [])]
     (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfprompt\nq0\n\nq1\n")
     assert read(tmp_path / "d.csv")[0] == [("q0", []), ("q1", [])]
@@ -113,13 +149,17 @@ BROKEN = {                                                   # name: (bytes, wor
     "o.json": (b"[]", ["no rows"]),
     "p.csv": (b"prompt\n", ["no rows"]),
     "q.jsonl": (b'{"text": "a"}', ["text", "fit no format", "prompt", "--columns"]),
+    "r.json": (b"[" * 100_000, ["r.json: broken JSON"]),
+    "s.json": (b'[\n' + b"1" * 5000 + b"]", ["s.json: broken JSON"]),
+    "t.jsonl": (b'{"prompt": "a"}\n{"prompt": ' + b"1" * 5000 + b"}", ["line 2", "broken JSON"]),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_end_in_one_sentence(tmp_path, refuses, name):
-    (tmp_path / name).write_bytes(BROKEN[name][0])
-    with refuses(name, *BROKEN[name][1]):
+    content, words = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with refuses(name, *words):
         read(tmp_path / name)
 
 
@@ -128,6 +168,7 @@ def test_missing_files_and_the_hub(tmp_path, refuses, monkeypatch):
         if name == "org/none":
             raise ConnectionError("offline\nand a long story")
         return [{"prompt": f"{name} {split}"}]
+
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read("org/name", split="test")[0] == [("org/name test", [])]
     with refuses("org/none", "train", "ConnectionError: offline"):
@@ -136,21 +177,29 @@ def test_missing_files_and_the_hub(tmp_path, refuses, monkeypatch):
         read(tmp_path / "none.jsonl")
 
 
-# --- ① formats -----------------------------------------------------------------------------------------------------------
+# --- ① formats --------------------------------------------------------------------------------------------------------
 
-ask, say = (lambda text, role=role: {"role": role, "content": text} for role in ("user", "assistant"))
+def ask(text):
+    return {"role": "user", "content": text}
+
+
+def say(text):
+    return {"role": "assistant", "content": text}
+
+
 U, B = ask("u"), say("b")
+H, A = "\n\nHuman:", "\n\nAssistant:"
+PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}
 
-EXAMPLES = [                                                 # (kind, row, the prompt and the completions that it means)
+EXAMPLES = [                                                 # (format, row, its prompt, its completions)
     ("pair", PAIR, "p", ["a", "b"]),
     ("pair", {"prompt": [U], "chosen": [say("a")], "rejected": [B]}, [U], ["a", "b"]),
     ("pair", {"prompt": [U], "chosen": "a", "rejected": "b"}, [U], ["a", "b"]),
     ("pair", {"prompt": "u", "chosen": [say("a")], "rejected": [B]}, [U], ["a", "b"]),
-    ("pair", {"prompt": "u", "chosen": [U, say("a")], "rejected": [U, B]}, [U], ["a", "b"]),              # as UltraFeedback has it
+    ("pair", {"prompt": "u", "chosen": [U, say("a")], "rejected": [U, B]}, [U], ["a", "b"]),  # as in UltraFeedback
     ("pair, prompt inside", {"chosen": [U, B, U, say("a")], "rejected": [U, B, U, B]}, [U, B, U], ["a", "b"]),
-    ("pair, prompt inside", {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
-     "\n\nHuman: p\n\nAssistant:", [" a", " b"]),
-    ("PKU-SafeRLHF", {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}, "p", ["b", "a"]),
+    ("pair, prompt inside", {"chosen": f"{H} p{A} a", "rejected": f"{H} p{A} b"}, f"{H} p{A}", [" a", " b"]),
+    ("PKU-SafeRLHF", PKU, "p", ["b", "a"]),
     ("ranked list", {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3.5, 2]}, "p", ["a", "b", "c"]),
     ("ranked list", {"question": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}, "p", ["a", "b", "c"]),
     ("unpaired", {"prompt": "p", "completion": "a", "label": True}, "p", ["a"]),
@@ -158,21 +207,33 @@ EXAMPLES = [                                                 # (kind, row, the p
     ("prompt", {"question": "p"}, "p", []),
 ]
 
+MISSING = []                                                 # (format, row, a column without which it is an error)
+for example in EXAMPLES:
+    row = example[1]
+    for column in row:
+        if column != "prompt" or row.get("chosen", [0])[0] != U:      # whole dialogues need no prompt
+            MISSING.append((example[0], row, column))
 
-@pytest.mark.parametrize("kind, row, prompt, completions", EXAMPLES)
-def test_every_format_is_recognised(data, kind, row, prompt, completions):
-    for name in ("d.jsonl", "d.parquet"):
-        groups, report = read(data([row], name))
-        assert report.kind == kind and groups == [(prompt, completions)]
+
+@pytest.mark.parametrize("name, row, prompt, completions", EXAMPLES)
+def test_every_format_is_recognised(data, name, row, prompt, completions):
+    for file in ("d.jsonl", "d.parquet"):
+        groups, account = read(data([row], file))
+        assert account.format == name and groups == [(prompt, completions)]
 
 
-@pytest.mark.parametrize("kind, row, column", [(k, r, c) for k, r, *_ in EXAMPLES for c in r if not (c == "prompt" and r.get("chosen", [0])[0] == U)])
-def test_a16_a_column_that_a_later_row_lacks(data, refuses, kind, row, column):
+@pytest.mark.parametrize("name, row, column", MISSING)
+def test_a16_a_column_that_a_later_row_lacks(data, refuses, name, row, column):
     with refuses("d.jsonl, line 2", f"'{column}'", "missing"):
-        read(data([row, {k: v for k, v in row.items() if k != column}]), [kind])
+        read(data([row, {k: v for k, v in row.items() if k != column}]), [name])
 
 
-@pytest.mark.parametrize("bad", [None, 5, ["a"], {"x": 1}, float("nan"), [], [ask(None)], [ask(["a"])], [{"role": 1, "content": "a"}]])
+NO_TEXT = [
+    None, 5, ["a"], {"x": 1}, float("nan"), [], [ask(None)], [ask(["a"])], [ask([None])], [ask([{"type": "image"}])],
+    [{"role": 1, "content": "a"}], [{"role": None, "content": "a"}]]
+
+
+@pytest.mark.parametrize("bad", NO_TEXT)
 @pytest.mark.parametrize("column", ["prompt", "chosen"])
 def test_a16_what_is_no_text_is_refused(data, refuses, column, bad):
     with refuses("d.jsonl, line 2", f"'{column}'"):
@@ -194,8 +255,9 @@ def test_columns_are_renamed_all_at_once(data, refuses):
         with refuses(f"--columns {wrong}", "d.jsonl", "question"):
             read(file, columns=[wrong])
     assert read(data([PAIR]), columns=["chosen=rejected", "rejected=chosen"])[0] == [("p", ["b", "a"])]
+    rows = [{"prompt": "p", "best": "a", "rejected": "b"}, {"prompt": "p", "rejected": "b"}]
     with refuses("d.jsonl, line 2", "'best'"):
-        read(data([{"prompt": "p", "best": "a", "rejected": "b"}, {"prompt": "p", "rejected": "b"}]), columns=["chosen=best"])
+        read(data(rows), columns=["chosen=best"])
 
 
 def test_a_format_that_the_script_cannot_use_is_named(data, refuses):
@@ -205,9 +267,10 @@ def test_a_format_that_the_script_cannot_use_is_named(data, refuses):
 
 @pytest.mark.parametrize("prefer, chosen", [("better", "b"), ("safer", "a")])
 def test_a19_pku_labels(data, refuses, prefer, chosen):
-    row = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
+    row = PKU | {"safer_response_id": 0}
     for name in ("d.jsonl", "d.csv"):                        # in CSV the ids are text
-        assert read(data([row], name), prefer=prefer)[0][0][1][0] == chosen
+        groups, _ = read(data([row], name), prefer=prefer)
+        assert groups[0][1][0] == chosen
     for bad in (2, -1, None, "x", True, float("nan")):
         with refuses("d.jsonl, line 2", f"'{prefer}_response_id'"):
             read(data([row, row | {f"{prefer}_response_id": bad}]), prefer=prefer)
@@ -219,61 +282,68 @@ def test_a19_pku_labels(data, refuses, prefer, chosen):
 def test_a19_real_pku_rows():
     file = real("pku-saferlhf/train-128.jsonl")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    want = [(r["prompt"], [r[f"response_{r['better_response_id']}"], r[f"response_{1 - r['better_response_id']}"]]) for r in rows]
-    assert read(file)[0] == [(p, c) for p, c in want if all(c) and c[0] != c[1]] and len(rows) == 128
+    want = []
+    for r in rows:
+        best = r["better_response_id"]
+        pair = [r[f"response_{best}"], r[f"response_{1 - best}"]]
+        if all(pair) and pair[0] != pair[1]:
+            want.append((r["prompt"], pair))
+    assert read(file)[0] == want and len(rows) == 128
 
 
 def test_ranked_lists_carry_scores_of_which_higher_is_better(data, refuses):
     for values, want in [({"scores": [1, 3.5, "2"]}, [1, 3.5, 2]), ({"ranks": [3, 1, 2]}, [-3, -1, -2])]:
         [group], _ = read_groups(data([{"prompt": "p", "completions": ["a", "b", "c"]} | values]), ["ranked list"])
-        assert group.row["scores"] == want
+        assert group.scores == want
     good = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
-    for column, bad in [("responses", ["a"]), ("responses", "ab"), ("responses", ["a", 5]),
-                        ("scores", [1, None]), ("scores", [1, float("inf")]), ("scores", 1)]:
+    bad_values = [("responses", ["a"]), ("responses", "ab"), ("responses", ["a", 5])]
+    bad_values += [("scores", [1, None]), ("scores", [1, float("inf")]), ("scores", 1)]
+    for column, bad in bad_values:
         with refuses("d.jsonl, line 2", f"'{column}'"):
             read(data([good, good | {column: bad}]))
 
 
-@pytest.mark.parametrize("label, want", [(True, True), (1, True), ("true", True), ("True", True), ("1", True), (False, False), (0, False), ("FALSE", False),
-                                         ("0", False), (None, None), (2, None), ("good", None), ("", None)])
+LABELS = [(label, 1) for label in (True, 1, "true", "True", "1")]
+LABELS += [(label, 0) for label in (False, 0, "FALSE", "0")]
+LABELS += [(label, None) for label in (None, 2, "good", "")]
+
+
+@pytest.mark.parametrize("label, want", LABELS)
 def test_labels_of_unpaired_rows(data, refuses, label, want):
     file = data([{"prompt": "p", "completion": "a", "label": 1}, {"prompt": "p", "completion": "a", "label": label}])
     if want is None:
         with refuses("d.jsonl, line 2", "'label'"):
             read(file)
     else:
-        assert read_groups(file, ["unpaired"])[0][1].row["label"] is want
+        assert read_groups(file, ["unpaired"])[0][1].scores == [want]
 
 
 def test_further_columns_are_kept(data):
     row = PAIR | {"score_chosen": 8.5, "score_rejected": 3, "p_chosen": 0.9}
     assert read_groups(data([row]), PAIRS)[0][0].row == row
-    gsm = {"question": "1+1?", "answer": "#### 2", "level": 3}           # what was said for some scripts, what is right for others
+    gsm = {"question": "1+1?", "answer": "#### 2", "level": 3}        # what was said, or what is correct
     [said], _ = read_groups(data([gsm]), ["response"])
     [asked], _ = read_groups(data([gsm]), ["prompt"])
     assert (said.prompt, said.completions, said.row) == ("1+1?", ["#### 2"], {"question": "1+1?", "level": 3})
     assert (asked.prompt, asked.completions, asked.row) == ("1+1?", [], gsm)
 
 
-def test_a15_empty_and_identical_answers_are_dropped_and_counted(data):
-    rows = [{"prompt": "p", "chosen": a, "rejected": b} for a, b in [("", "x"), ("x", " \n"), ("x", "x"), (" x", "x "), ("x", "y")]]
-    groups, report = read(data(rows))
-    assert groups == [("p", ["x", "y"])] and report["rows"] == 5
-    assert reasons(report) == {"with an empty answer": 2, "with identical answers": 2}
-
-
-H, A = "\n\nHuman:", "\n\nAssistant:"
+def test_a15_empty_and_identical_completions_are_dropped_and_counted(data):
+    completions = [("", "x"), ("x", " \n"), ("x", "x"), (" x", "x "), ("x", "y")]
+    groups, account = read(data([{"prompt": "p", "chosen": a, "rejected": b} for a, b in completions]))
+    assert groups == [("p", ["x", "y"])] and account.rows == 5
+    assert account.dropped == {"with an empty completion": 2, "with identical completions": 2}
 
 
 @pytest.mark.parametrize("chosen, rejected, want", [
     (f"{H} a{A} b{H} c{A} d", f"{H} a{A} b{H} c{A} e", (f"{H} a{A} b{H} c{A}", " d", " e")),
-    (f"{H} a{A} b{H} c{A} d", f"{H} a{A} x{H} c{A} d", None),                                  # they part in an earlier turn
-    (f"{H} a{A} b", f"{H} x{A} b", None),                                                      # … in the question
-    (f"{H} a{A} b", f"{H} a{A} b{H} c{A} d", None),                                            # one goes on
-    (f"{H} a{A} b", f"{H} a{A} b.  Human: c{A} d", None),                                      # … as some rows of HH-RLHF do
-    (f"{H} a{A} say {A} x", f"{H} a{A} no", (f"{H} a{A}", f" say {A} x", " no")),              # an answer quotes the marker
+    (f"{H} a{A} b{H} c{A} d", f"{H} a{A} x{H} c{A} d", None),                        # they part in an earlier turn
+    (f"{H} a{A} b", f"{H} x{A} b", None),                                            # … in the question
+    (f"{H} a{A} b", f"{H} a{A} b{H} c{A} d", None),                                  # one goes on
+    (f"{H} a{A} b", f"{H} a{A} b.  Human: c{A} d", None),                            # … as some rows of HH-RLHF do
+    (f"{H} a{A} say {A} x", f"{H} a{A} no", (f"{H} a{A}", f" say {A} x", " no")),    # a completion quotes the marker
     (f"{H} a{A} no", f"{H} a{A} {A}", (f"{H} a{A}", " no", f" {A}")),
-    (f"{H} a{A} d", f"{H} a{A} d and more", (f"{H} a{A}", " d", " d and more")),               # one is the beginning of the other
+    (f"{H} a{A} d", f"{H} a{A} d and more", (f"{H} a{A}", " d", " d and more")),     # one begins like the other
     (f"{H} a{A}", f"{H} a{A} d", (f"{H} a{A}", "", " d")),
     ("no marker", "no mark", None),
     ("", "", None),
@@ -283,21 +353,27 @@ def test_a12_transcripts_are_split_at_the_last_shared_assistant(chosen, rejected
 
 
 def test_a12_what_cannot_be_split_is_dropped_and_counted(data, refuses):
-    rows = [{"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} c"}, {"chosen": f"{H} a{A} b", "rejected": f"{H} x{A} b"},
-            {"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} b"}, {"chosen": f"{H} a{A}", "rejected": f"{H} a{A} d"},
-            {"chosen": [U, B, U, B], "rejected": [U, say("else"), U, say("x")]}, {"chosen": [B], "rejected": [say("x")]}]
-    groups, report = read(data(rows))
+    rows = [
+        {"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} c"},
+        {"chosen": f"{H} a{A} b", "rejected": f"{H} x{A} b"},
+        {"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} b"},
+        {"chosen": f"{H} a{A}", "rejected": f"{H} a{A} d"},
+        {"chosen": [U, B, U, B], "rejected": [U, say("else"), U, say("x")]},
+        {"chosen": [B], "rejected": [say("x")]}]
+    groups, account = read(data(rows))
     assert groups == [(f"{H} a{A}", [" b", " c"])]
-    assert reasons(report) == {"that differ before the last turn": 3, "with identical answers": 1, "with an empty answer": 1}
+    assert account.dropped == {
+        "that differ before the last turn": 3, "with identical completions": 1, "with an empty completion": 1}
     for bad in ({"rejected": [U, B]}, {"chosen": [U, U], "rejected": [U, B]}):
         with refuses("d.jsonl, line 2"):
             read(data(rows[:1] + [rows[0] | bad]))
 
 
 def test_a12_real_hh_rlhf():
-    groups, report = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS)
-    # Four answers are empty (lines 87, 517, 926, 1104), four hold a further exchange (1255, 1689, 1951, 2037).
-    assert report["rows"] == 2312 and reasons(report) == {"with an empty answer": 4, "that differ before the last turn": 4}
+    groups, account = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS)
+    # Four completions are empty (lines 87, 517, 926, 1104), four hold a further exchange (1255, 1689, 1951, 2037).
+    assert account.rows == 2312
+    assert account.dropped == {"with an empty completion": 4, "that differ before the last turn": 4}
     kept = {int(g.where.rpartition(" ")[2]) for g in groups}
     assert set(range(1, 2313)) - kept == {87, 517, 926, 1104, 1255, 1689, 1951, 2037}
     for g in groups:
@@ -305,7 +381,7 @@ def test_a12_real_hh_rlhf():
         assert not any(H in c for c in g.completions)
 
 
-# --- ② tokenisers, made by hand ------------------------------------------------------------------------------------------
+# --- ② tokenisers, made by hand ---------------------------------------------------------------------------------------
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 WORDS = ["yes", "hello", "world", "is", "I", "do"]           # one token each, also with a space before
@@ -322,8 +398,8 @@ def wrap(model, pre_tokenizer, decoder, normalizer=None, bos=True, template=None
     if bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.add_special_tokens(SPECIAL)
-    names = {"bos_token": "<s>" if bos else None, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | names
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+    defaults = {"bos_token": "<s>" if bos else None, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **(defaults | names))
 
 
 def numbered(*tokens):
@@ -332,23 +408,33 @@ def numbered(*tokens):
 
 def bpe(alphabet, space, **options):
     """Merges from left to right: y es → ye s → yes, then ▁ yes → ▁yes."""
-    merges = [(w[:i], w[i]) for w in WORDS for i in range(1, len(w))] + [(space, w) for w in WORDS]
+    merges = []
+    for word in WORDS:
+        merges += [(word[:i], word[i]) for i in range(1, len(word))]
+    merges += [(space, word) for word in WORDS]
     return models.BPE(numbered(*alphabet, *(a + b for a, b in merges)), merges, **options)
 
 
 def byte_level(**options):
-    return wrap(bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ"), pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), **options)
+    model = bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ")
+    return wrap(model, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), **options)
 
 
-def sentencepiece(**options):                                # Llama 2: a "▁" before every text, bytes for what is unknown
-    model = bpe([f"<0x{i:02X}>" for i in range(256)] + ["▁"] + ASCII, "▁", unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return wrap(model, None, decoder, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), **options)
+def sentencepiece(**options):
+    """As Llama 2: a "▁" before every text, bytes for what is unknown."""
+    alphabet = [f"<0x{i:02X}>" for i in range(256)] + ["▁"] + ASCII
+    model = bpe(alphabet, "▁", unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    strip = decoders.Strip(" ", 1, 0)
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return wrap(model, None, decoder, normalizer, **options)
 
 
-def metaspace(**options):                                    # the same "▁", put there by the pre-tokeniser
+def metaspace(**options):
+    """The same "▁", put there by the pre-tokeniser."""
+    model = bpe(["▁", "\n"] + ASCII, "▁", unk_token="<unk>")
     how = {"prepend_scheme": "first"}
-    return wrap(bpe(["▁", "\n"] + ASCII, "▁", unk_token="<unk>"), pre_tokenizers.Metaspace(**how), decoders.Metaspace(**how), **options)
+    return wrap(model, pre_tokenizers.Metaspace(**how), decoders.Metaspace(**how), **options)
 
 
 def wordpiece(**options):
@@ -357,7 +443,8 @@ def wordpiece(**options):
     return wrap(model, pre_tokenizers.Split(Regex(r"\s|\w+|[^\w\s]"), "isolated"), decoder, **options)
 
 
-def letters(**options):                                      # one token a character
+def letters(**options):
+    """One token a character."""
     model = models.WordLevel(numbered(" ", "\n", *ASCII), unk_token="<unk>")
     return wrap(model, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse(), **options)
 
@@ -372,17 +459,19 @@ TOKENISERS |= {f"{f.__name__}, no BOS": functools.partial(f, bos=False) for f in
 TOKENISERS |= {name: functools.partial(pretrained, name) for name in ("qwen2.5-tokenizer", "stories260k")}
 
 # Chat templates. CHAT writes <s> itself, and ends turns in EOS and a newline.
-CHAT = "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-END = CHAT.replace("</s>", "<|end|>").replace("{{ '<s>' }}", "")                              # another end of turn, no BOS
+CHAT = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+END = CHAT.replace("</s>", "<|end|>").replace("{{ '<s>' }}", "")              # another end of turn, no BOS
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|system|>Be kind.<|end|>\n' }}{% endif %}" + END
 TRIM = CHAT.replace("m.content", "m.content | trim")
-SPACE = CHAT.replace("m.content", "' ' + m.content").replace("'<|assistant|>'", "'<|assistant|> '")     # " yes" merges over the border
+SPACE = CHAT.replace("m.content", "' ' + m.content").replace("'<|assistant|>'", "'<|assistant|> '")    # " yes" merges
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system please') }}{% endif %}" + CHAT
 FICKLE = "{{ messages | length }}" + CHAT
 
 
-def encode(tokenizer, prompt, *answers, **options):
-    return Encoder(tokenizer, **options)(Group("d.jsonl, line 7", prompt, list(answers)))
+def encode(tokenizer, prompt, *completions, **options):
+    return Encoder(tokenizer, **options)(Group("d.jsonl, line 7", prompt, list(completions)))
 
 
 def plain_ids(tokenizer, text):
@@ -395,28 +484,39 @@ def tokens(tokenizer, ids):
     return " ".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-# --- ② traps -------------------------------------------------------------------------------------------------------------
+# --- ② traps ----------------------------------------------------------------------------------------------------------
 
-SEAMS = {"the answer is ": ["yes", "no"], "the answer is": [" yes", "\nyes", "7", "yes"], "hel": ["lo world", " hello", "p"],
-         "say it\n": ["\n\nyes", " no"], "Assistant:": [" I do", "I do", " 7", "  two"]}
+SEAMS = {
+    "the answer is ": ["yes", "no"],
+    "the answer is": [" yes", "\nyes", "7", "yes"],
+    "hel": ["lo world", " hello", "p"],
+    "say it\n": ["\n\nyes", " no"],
+    "Assistant:": [" I do", "I do", " 7", "  two"],
+}
 
 
 @pytest.mark.parametrize("name", TOKENISERS)
-def test_a1_a3_a24_border_never_moves(name):
+def test_a1_a3_a24_boundary_never_moves(name):
     tokenizer = TOKENISERS[name]()
-    encoder, eos = Encoder(tokenizer), tokenizer.eos_token_id
-    for prompt, answers in SEAMS.items():
-        group, alone = encoder(Group("", prompt, answers)), plain_ids(tokenizer, prompt)
-        assert group.prompt_ids == [tokenizer.bos_token_id] * bool(tokenizer.bos_token) + alone and group.ended == [True] * len(answers)
-        for answer, ids in zip(answers, group.completion_ids):
-            joint = plain_ids(tokenizer, prompt + answer)
+    encoder = Encoder(tokenizer)
+    eos = tokenizer.eos_token_id
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token else []
+    for prompt, completions in SEAMS.items():
+        group = encoder(Group("", prompt, completions))
+        alone = plain_ids(tokenizer, prompt)
+        assert group.prompt_ids == bos + alone and group.ended == [True] * len(completions)
+        for completion, ids in zip(completions, group.completion_ids):
+            joint = plain_ids(tokenizer, prompt + completion)
             assert ids[-1] == eos and eos not in ids[:-1]
-            assert tokenizer.decode(group.prompt_ids + ids, skip_special_tokens=True) == prompt + answer
-            assert ids[:-1] == joint[len(alone):] if joint[:len(alone)] == alone else ids[:-1] != joint[len(alone):]
-            assert tokenizer.chat_template or encoder.decode(ids) == answer
+            assert tokenizer.decode(group.prompt_ids + ids, skip_special_tokens=True) == prompt + completion
+            if joint[:len(alone)] == alone:
+                assert ids[:-1] == joint[len(alone):]
+            else:
+                assert ids[:-1] != joint[len(alone):]
+            assert tokenizer.chat_template or encoder.decode(ids) == completion
 
 
-@pytest.mark.parametrize("make, prompt, answer, want_prompt, want_answer", [
+@pytest.mark.parametrize("make, prompt, completion, want_prompt, want_completion", [
     (byte_level, "it is ", "yes", "<s> i t Ġis Ġ", "yes </s>"),
     (byte_level, "it is", " yes", "<s> i t Ġis", "Ġyes </s>"),
     (byte_level, "hel", "lo world", "<s> hel", "l o Ġworld </s>"),
@@ -430,56 +530,68 @@ def test_a1_a3_a24_border_never_moves(name):
     (wordpiece, "hel", "lo", "<s> h ##e ##l", "l ##o </s>"),
     (letters, "ab", "yes", "<s> a b", "y e s </s>"),
 ])
-def test_a1_a24_token_by_token(make, prompt, answer, want_prompt, want_answer):
-    group = encode(tokenizer := make(), prompt, answer)
-    assert (tokens(tokenizer, group.prompt_ids), tokens(tokenizer, group.completion_ids[0])) == (want_prompt, want_answer)
+def test_a1_a24_token_by_token(make, prompt, completion, want_prompt, want_completion):
+    tokenizer = make()
+    group = encode(tokenizer, prompt, completion)
+    assert tokens(tokenizer, group.prompt_ids) == want_prompt
+    assert tokens(tokenizer, group.completion_ids[0]) == want_completion
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece, metaspace])
 @pytest.mark.parametrize("template", [CHAT, END, DEFAULT_SYSTEM, TRIM, SPACE, NO_SYSTEM])
 @pytest.mark.parametrize("bos", [True, False])
 def test_a2_a6_a7_a8_a_chat_is_rendered_once_begins_once_and_ends_once(make, template, bos):
-    tokenizer, messages, answers = make(bos=bos, template=template), [U, B, ask("hello")], ["yes", "I do\nso"]
-    group = encode(tokenizer, messages, *answers)
+    tokenizer = make(bos=bos, template=template)
+    messages = [U, B, ask("hello")]
+    completions = ["yes", "I do\nso"]
+    group = encode(tokenizer, messages, *completions)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    start = [1] * (bos and "<s>" not in template)
-    assert text.rstrip(" ").endswith("<|assistant|>") and group.prompt_ids == start + plain_ids(tokenizer, text)             # a8
-    assert group.prompt_ids.count(1) == (bos or "<s>" in template)                                                           # a2, a3
+    start = [1] if bos and "<s>" not in template else []
+    assert text.rstrip(" ").endswith("<|assistant|>")                                            # a8
+    assert group.prompt_ids == start + plain_ids(tokenizer, text)
+    assert group.prompt_ids.count(1) == (bos or "<s>" in template)                               # a2, a3
     end = SPECIAL.index("<|end|>" if "<|end|>" in template else "</s>")
-    for answer, ids in zip(answers, group.completion_ids):
-        full = tokenizer.apply_chat_template(messages + [say(answer)], tokenize=False).removesuffix("\n")
-        assert ids.count(end) == 1 and ids[-1] == end and 1 not in ids                                                       # a6
+    for completion, ids in zip(completions, group.completion_ids):
+        full = tokenizer.apply_chat_template(messages + [say(completion)], tokenize=False).removesuffix("\n")
+        assert ids.count(end) == 1 and ids[-1] == end and 1 not in ids                           # a6
         whole = tokenizer.decode(start + plain_ids(tokenizer, full))
-        assert tokenizer.decode(group.prompt_ids + ids) == whole and whole.count("Be kind.") == ("Be kind." in template)     # a7
-    assert Encoder(tokenizer).prompt(messages)[0] == group.prompt_ids                                                        # what is sampled from
+        assert tokenizer.decode(group.prompt_ids + ids) == whole                                 # a7
+        assert whole.count("Be kind.") == ("Be kind." in template)
+    assert Encoder(tokenizer).prompt(messages)[0] == group.prompt_ids                            # what is sampled from
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_a3_bos_where_the_template_writes_none(bos):
-    tokenizer, first = letters(bos=bos, template=END), "<s> " * bos
+    tokenizer = letters(bos=bos, template=END)
+    first = "<s> " if bos else ""
     assert tokens(tokenizer, encode(tokenizer, [U], "y").prompt_ids) == first + "<|user|> u <|end|> \n <|assistant|>"
     assert tokens(tokenizer, encode(tokenizer, "ab", "y").prompt_ids) == first + "a b"
     assert tokens(tokenizer, encode(tokenizer, "<s>a", "y").prompt_ids) == first + "< s > a"
 
 
 def test_a4_pad_is_eos():
-    group = encode(tokenizer := letters(template=CHAT, pad_token="</s>"), [U, B, U], "y", "yes")
-    assert tokens(tokenizer, group.prompt_ids) == "<s> <|user|> u </s> \n <|assistant|> b </s> \n <|user|> u </s> \n <|assistant|>"
-    assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y </s>", "y e s </s>"] and group.tokens() == 14 + 2 + 4
+    tokenizer = letters(template=CHAT, pad_token="</s>")
+    group = encode(tokenizer, [U, B, U], "y", "yes")
+    turns = "<|user|> u </s> \n <|assistant|> b </s> \n <|user|> u </s> \n <|assistant|>"
+    assert tokens(tokenizer, group.prompt_ids) == "<s> " + turns
+    assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y </s>", "y e s </s>"]
+    assert group.tokens() == 14 + 2 + 4
 
 
 @pytest.mark.parametrize("template, eos_of_generation, stops, end", [
     (None, None, [2], 2), (None, 7, [2, 7], 2), (None, [2, 7], [2, 7], 2),
     (END, None, [2, 7], 7), (END, [3], [2, 3, 7], 7), (CHAT, [0, 2], [0, 2], 2),
 ])
-def test_a5_all_that_ends_an_answer(template, eos_of_generation, stops, end):
+def test_a5_all_that_ends_a_completion(template, eos_of_generation, stops, end):
     tokenizer = letters(template=template)
     encoder = Encoder(tokenizer, generation_config=SimpleNamespace(eos_token_id=eos_of_generation))
     assert encoder.stops == stops
-    assert encoder(Group("", [U] if template else "u", ["y"])).completion_ids == [plain_ids(tokenizer, "y") + [end]]
+    group = encoder(Group("", [U] if template else "u", ["y"]))
+    assert group.completion_ids == [plain_ids(tokenizer, "y") + [end]]
     for stop in stops:
-        assert encoder.decode(plain_ids(tokenizer, "yes") + [stop]) == "yes" and encoder.decode([stop]) == ""    # a15: EOS alone is an answer
-    assert encoder.decode(plain_ids(tokenizer, " yes")) == " yes"                            # cut: nothing to take off
+        assert encoder.decode(plain_ids(tokenizer, "yes") + [stop]) == "yes"
+        assert encoder.decode([stop]) == ""                  # a15: EOS alone is a completion
+    assert encoder.decode(plain_ids(tokenizer, " yes")) == " yes"             # truncated: nothing to take off
 
 
 def test_a5_a_model_without_any_end_is_refused(refuses):
@@ -489,10 +601,10 @@ def test_a5_a_model_without_any_end_is_refused(refuses):
 
 
 def test_a9_a_template_that_rewrites(refuses):
-    tokenizer, report = letters(template=TRIM), Counter(rows=1)
-    report.kind, encoder = "pair", Encoder(tokenizer)
-    [group] = tokenise([Group("d.jsonl, line 7", [U], ["\n  yes ", "no"])], report, encoder, 99)
-    assert tokens(tokenizer, group.completion_ids[0]) == "y e s </s>" and "rewrites some answers" in account("d.jsonl", report, encoder)
+    tokenizer = letters(template=TRIM)
+    account = Account("d.jsonl", "pair", 1)
+    [group] = tokenise([Group("d.jsonl, line 7", [U], ["\n  yes ", "no"])], account, Encoder(tokenizer), 99)
+    assert tokens(tokenizer, group.completion_ids[0]) == "y e s </s>" and "rewrites some completions" in str(account)
     with refuses("d.jsonl, line 7", "character 0", "'1<s>", "'2<s>"):
         encode(letters(template=FICKLE), [U], "yes")
 
@@ -511,79 +623,108 @@ def test_a11_templates_missing_given_and_refusing(refuses, tmp_path):
     with refuses("--chat-template", "none.jinja"):
         Encoder(letters(), template_file=tmp_path / "none.jinja")
     (tmp_path / "t.jinja").write_text(END)
-    group = encode(tokenizer := letters(), [U], "y", template_file=tmp_path / "t.jinja")
+    tokenizer = letters()
+    group = encode(tokenizer, [U], "y", template_file=tmp_path / "t.jinja")
     assert tokens(tokenizer, group.completion_ids[0]) == "y <|end|>"
     tokenizer.save_pretrained(tmp_path / "saved")            # the template goes with the checkpoint
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == END
 
 
-def test_a11_the_chat_flag_makes_plain_prompts_user_turns():
+@pytest.mark.parametrize("options, want", [
+    ({"chat": True}, "<s> <|user|> u <|end|> \n <|assistant|> y <|end|>"), ({}, "<s> u y </s>")])
+def test_a11_the_chat_flag_makes_plain_prompts_user_turns(options, want):
     tokenizer = letters(template=END)
-    for prompt, options, want in [("u", {"chat": True}, "<s> <|user|> u <|end|> \n <|assistant|> y <|end|>"), ("u", {}, "<s> u y </s>")]:
-        group = encode(tokenizer, prompt, "y", **options)
-        assert tokens(tokenizer, group.prompt_ids + group.completion_ids[0]) == want
+    group = encode(tokenizer, "u", "y", **options)
+    assert tokens(tokenizer, group.prompt_ids + group.completion_ids[0]) == want
 
 
-@pytest.mark.parametrize("overlong, prompt, answers, ended, why", [       # lengths in tokens, ends included, for --max-length 10
+@pytest.mark.parametrize("overlong, prompt, completions, ended, why", [       # lengths, ends included; --max-length 10
     ("drop", 4, (3, 3), [True, True], None),
     ("drop", 4, (6, 3), [True, True], None),
     ("drop", 4, (20, 3), None, "over --max-length 10"),
     ("truncate", 4, (20, 3), [False, True], None),           # rejected keeps its 3 tokens
-    ("truncate", 1, (20, 20), [False, False], None),         # the answers differ at token 8
-    ("truncate", 4, (20, 20), None, "with answers identical after truncation"),
-    ("drop", 10, (3, 3), None, "with no room for an answer"),             # a14: prompts are never cut
-    ("truncate", 12, (3, 3), None, "with no room for an answer"),
+    ("truncate", 1, (20, 20), [False, False], None),         # the completions differ at token 8
+    ("truncate", 4, (20, 20), None, "with completions of identical tokens"),
+    ("drop", 10, (3, 3), None, "with no room for a completion"),              # a14: prompts are never truncated
+    ("truncate", 12, (3, 3), None, "with no room for a completion"),
     ("drop", 0, (3, 3), None, "with an empty prompt"),
     ("drop", 9, (), [], None),                               # a prompt to sample from
-    ("drop", 10, (), None, "with no room for an answer"),
+    ("drop", 10, (), None, "with no room for a completion"),
 ])
-def test_a13_a14_truncation(overlong, prompt, answers, ended, why):
-    encoder, report = Encoder(letters(bos=False)), Counter(rows=2)
-    report.kind = "pair"
-    texts = [("bc"[k] * 2 if n == 3 else "a" * 7 + "bc"[k] + "e" * 20)[:n - 1] for k, n in enumerate(answers)]
-    kept = tokenise([Group("", "p" * prompt, texts), Group("", "p", ["x", "y"])], report, encoder, 10, overlong)
-    assert len(kept) == report["kept"] == 1 + (why is None) and reasons(report) == ({why: 1} if why else {})
-    cut = int(ended is not None and not all(ended))
-    assert f"2 rows of kind 'pair', kept {len(kept)}, truncated {cut}, dropped {2 - len(kept)}" in account("d.jsonl", report, encoder)
+def test_a13_a14_truncation(overlong, prompt, completions, ended, why):
+    encoder = Encoder(letters(bos=False))
+    account = Account("d.jsonl", "pair", 2)
+    texts = []
+    for letter, n in zip("bc", completions):
+        text = letter * 2 if n == 3 else "a" * 7 + letter + "e" * 20
+        texts.append(text[:n - 1])
+    kept = tokenise([Group("", "p" * prompt, texts), Group("", "p", ["x", "y"])], account, encoder, 10, overlong)
+    assert len(kept) == account.kept == 1 + (why is None) and account.dropped == ({why: 1} if why else {})
+    truncated = int(ended is not None and not all(ended))
+    assert f"2 rows of format 'pair', kept {len(kept)}, truncated {truncated}, dropped {2 - len(kept)}" in str(account)
     if why is None:
-        assert kept[0].ended == ended and [len(ids) for ids in kept[0].completion_ids] == [min(n, 10 - prompt) for n in answers]
-        assert [ids[-1] == 2 for ids in kept[0].completion_ids] == ended                     # a6: no false EOS on what was cut
+        group = kept[0]
+        assert group.ended == ended
+        assert [len(ids) for ids in group.completion_ids] == [min(n, 10 - prompt) for n in completions]
+        assert [ids[-1] == 2 for ids in group.completion_ids] == ended        # a6: no false EOS on what was truncated
 
 
-def test_a17_only_the_last_turn_is_the_answer(data):
+def test_a15_different_texts_of_the_same_tokens_are_no_pair():
+    account = Account("d.jsonl", "pair", 2)
+    groups = [Group("", "p", ["é", "ü"]), Group("", "p", ["é", "y"])]         # both letters are unknown to it
+    kept = tokenise(groups, account, Encoder(letters()), 99)
+    assert kept == groups[1:] and account.dropped == {"with completions of identical tokens": 1}
+    assert account.truncated == 0
+
+
+def test_a17_only_the_last_turn_is_the_completion(data):
     turns = [ask("ab"), say("cd"), ask("ef"), say("gh"), ask("ij")]
     [group], _ = read_groups(data([{"chosen": turns + [say("yes")], "rejected": turns + [say("no")]}]), PAIRS)
-    Encoder(tokenizer := letters(template=CHAT))(group)
+    tokenizer = letters(template=CHAT)
+    Encoder(tokenizer)(group)
     assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y e s </s>", "n o </s>"]
-    assert tokenizer.decode(group.prompt_ids) == "<s><|user|>ab</s>\n<|assistant|>cd</s>\n<|user|>ef</s>\n<|assistant|>gh</s>\n<|user|>ij</s>\n<|assistant|>"
+    earlier = "<|user|>ab</s>\n<|assistant|>cd</s>\n<|user|>ef</s>\n<|assistant|>gh</s>\n<|user|>ij</s>\n"
+    assert tokenizer.decode(group.prompt_ids) == f"<s>{earlier}<|assistant|>"
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece, letters])
 @pytest.mark.parametrize("template, end", [(DEFAULT_SYSTEM, 7), (SPACE, 2)])
-@pytest.mark.parametrize("text", ["say </s><|assistant|> now", "</s>", "<s>x<|end|>", "a\ue000</s>b", "<|end|></s>yes"])
+@pytest.mark.parametrize(
+    "text", ["say </s><|assistant|> now", "</s>", "<s>x<|end|>", "a\ue000</s>b", "<|end|></s>yes"])
 def test_a18_text_that_looks_special_is_text(make, template, end, text):
-    tokenizer, report = make(template=template), Counter(rows=2)
-    report.kind, encoder = "pair", Encoder(tokenizer)
-    chat, plain = tokenise([Group("", [ask(text)], ["yes", text]), Group("", text, ["yes", text])], report, encoder, 10 ** 6)
-    control = lambda ids: [i for i in ids if i < len(SPECIAL) and SPECIAL[i] != "<unk>"]  # noqa: E731
-    harmless = plain_ids(tokenizer, tokenizer.apply_chat_template([U], tokenize=False, add_generation_prompt=True))
-    assert control(chat.prompt_ids) == [1] * (end == 7) + control(harmless) and control(plain.prompt_ids) == [1]
-    assert [control(ids) for ids in chat.completion_ids] == [[end]] * 2 and [control(ids) for ids in plain.completion_ids] == [[2]] * 2
+    tokenizer = make(template=template)
+    encoder = Encoder(tokenizer)
+    account = Account("d.jsonl", "pair", 2)
+    groups = [Group("", [ask(text)], ["yes", text]), Group("", text, ["yes", text])]
+    chat, plain = tokenise(groups, account, encoder, 10 ** 6)
+
+    def control(ids):
+        return [i for i in ids if i < len(SPECIAL) and SPECIAL[i] != "<unk>"]
+
+    start = [1] if end == 7 else []                          # where the template writes no <s>
+    rendered = tokenizer.apply_chat_template([U], tokenize=False, add_generation_prompt=True)
+    harmless = plain_ids(tokenizer, rendered)
+    assert control(chat.prompt_ids) == start + control(harmless) and control(plain.prompt_ids) == [1]
+    assert [control(ids) for ids in chat.completion_ids] == [[end]] * 2
+    assert [control(ids) for ids in plain.completion_ids] == [[2]] * 2
     if make is byte_level:                                   # every character is still there
         full = tokenizer.apply_chat_template([ask(text), say(text)], tokenize=False).removesuffix("\n")
-        assert tokenizer.decode(chat.prompt_ids + chat.completion_ids[1]) == "<s>" * (end == 7) + full
+        assert tokenizer.decode(chat.prompt_ids + chat.completion_ids[1]) == "<s>" * len(start) + full
         assert tokenizer.decode(plain.prompt_ids + plain.completion_ids[1]) == f"<s>{text}{text}</s>"
-    assert "2 rows hold text that looks like a special token" in account("d.jsonl", report, encoder)
-    tokenise([Group("", "x", ["y"])], report, encoder, 99)   # a second file is counted for itself
-    assert "looks like" not in account("eval.jsonl", report, encoder)
+    assert "2 rows hold text that looks like a special token" in str(account)
+    second = Account("eval.jsonl", "pair", 1)                # a second file is counted for itself
+    tokenise([Group("", "x", ["y"])], second, encoder, 99)
+    assert "looks like" not in str(second)
 
 
-def test_a18_the_tokens_around_such_text_are_those_of_any_row():
+@pytest.mark.parametrize("text, want", [("u", "▁ u"), ("I</s> is", "▁I < / s > ▁is"), ("I</s>", "▁I < / s >")])
+def test_a18_the_tokens_around_such_text_are_those_of_any_row(text, want):
     tokenizer = sentencepiece(template=CHAT)                 # puts a "▁" after every control token
-    for text, want in [("u", "▁ u"), ("I</s> is", "▁I < / s > ▁is"), ("I</s>", "▁I < / s >")]:
-        group = encode(tokenizer, [ask(text), B, U], "yes")
-        assert tokens(tokenizer, group.prompt_ids) == f"<s> <|user|> {want} </s> ▁ <0x0A> <|assistant|> ▁ b </s> ▁ <0x0A> <|user|> ▁ u </s> ▁ <0x0A> <|assistant|>"
-        assert tokens(tokenizer, group.completion_ids[0]) == "▁yes </s>"
+    group = encode(tokenizer, [ask(text), B, U], "yes")
+    newline = "</s> ▁ <0x0A>"
+    turns = f"<|user|> {want} {newline} <|assistant|> ▁ b {newline} <|user|> ▁ u {newline} <|assistant|>"
+    assert tokens(tokenizer, group.prompt_ids) == "<s> " + turns
+    assert tokens(tokenizer, group.completion_ids[0]) == "▁yes </s>"
 
 
 def test_a18_the_mark_itself_is_refused(refuses):
@@ -602,54 +743,70 @@ def test_text_that_is_none_and_columns_of_one_name_are_refused(data, refuses, tm
 
 def test_further_keys_of_messages_reach_the_template_and_are_never_lost(data, refuses):
     named = {**ask("u"), "name": "Ann", "tool_calls": None}  # Parquet fills in None where a message lacks a key
-    (group,), _ = read_groups(data([{"prompt": [named], "chosen": [say("y")], "rejected": [say("n")]}]), PAIRS)
+    [group], _ = read_groups(data([{"prompt": [named], "chosen": [say("y")], "rejected": [say("n")]}]), PAIRS)
     assert group.prompt == [{"role": "user", "content": "u", "name": "Ann"}]
     template = "{% for m in messages %}{{ m.name or '' }}{{ m.content }}{% endfor %}"
     assert Encoder(letters(template=template)).prompt(group.prompt)[1] == "Annu"
+    thinking = {**say("y"), "thinking": "hm"}
     with refuses("line 1", "'thinking'", "lost"):
-        read_groups(data([{"prompt": [U], "chosen": [{**say("y"), "thinking": "hm"}], "rejected": [say("n")]}]), PAIRS)
+        read_groups(data([{"prompt": [U], "chosen": [thinking], "rejected": [say("n")]}]), PAIRS)
 
 
 @pytest.mark.parametrize("fraction, held_out", [(0.2, 2), (0.01, 1), (0, 0)])
 def test_a20_split_by_prompt(fraction, held_out):
-    groups = [Group("", p, [str(k), "x"]) for k in range(3) for p in [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]]
-    names = lambda gs: {json.dumps(g.prompt) for g in gs}  # noqa: E731
+    prompts = [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]
+    groups = [Group("", p, [str(k), "x"]) for k in range(3) for p in prompts]
+
+    def names(groups):
+        return {json.dumps(g.prompt) for g in groups}
+
     train, rest = split_by_prompt(groups, fraction, seed=0)
-    assert len(split_by_prompt(groups[:1] * 3, fraction, seed=0)[0]) == 3        # the only prompt is trained on
-    assert len(names(rest)) == held_out and len(rest) == 3 * held_out and len(train) == 30 - len(rest) and not names(train) & names(rest)
-    assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)          # the order of the rows is nothing to it
-    assert held_out == 0 or len({str(names(split_by_prompt(groups, fraction, seed)[1])) for seed in range(20)}) > 5
+    assert len(split_by_prompt(groups[:1] * 3, fraction, seed=0)[0]) == 3     # the only prompt is trained on
+    assert len(names(rest)) == held_out and len(rest) == 3 * held_out and len(train) == 30 - len(rest)
+    assert not names(train) & names(rest)
+    assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)       # whatever the order of the rows
+    by_seed = {str(sorted(names(split_by_prompt(groups, fraction, seed)[1]))) for seed in range(20)}
+    assert held_out == 0 or len(by_seed) > 5
 
 
 @pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
 def test_a21_the_vocabulary_stays_as_it_is(pad):
     tokenizer = byte_level(template=CHAT, pad_token=pad)
-    before = tokenizer.get_vocab(), tokenizer.pad_token
+    vocabulary = tokenizer.get_vocab()
+    pad_token = tokenizer.pad_token
     group = encode(tokenizer, [U], NASTY, "yes")
-    assert (tokenizer.get_vocab(), tokenizer.pad_token) == before and max(group.prompt_ids + group.completion_ids[0]) < len(before[0])
+    assert tokenizer.get_vocab() == vocabulary and tokenizer.pad_token == pad_token
+    assert max(group.prompt_ids + group.completion_ids[0]) < len(vocabulary)
 
 
-# --- ② the real thing ----------------------------------------------------------------------------------------------------
+# --- ② the real thing -------------------------------------------------------------------------------------------------
 
-def test_qwen_chat_has_one_system_turn_and_one_end():
+@pytest.mark.parametrize("system, said", [
+    ([], "You are a helpful assistant."), ([{"role": "system", "content": "Be brief."}], "Be brief.")])
+def test_qwen_chat_has_one_system_turn_and_one_end(system, said):
     tokenizer = pretrained("qwen2.5-tokenizer")
-    encoder, start, end, eos = Encoder(tokenizer), 151644, 151645, 151643                    # <|im_start|>, <|im_end|>, <|endoftext|>
+    encoder = Encoder(tokenizer)
+    start, end, eos = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    assert (start, end, eos) == (151644, 151645, 151643)
     assert encoder.bos == [] and encoder.stops == [eos, end]
-    for system, said in [([], "You are a helpful assistant."), ([{"role": "system", "content": "Be brief."}], "Be brief.")]:
-        group = encoder(Group("", system + [ask("Hi")], answers := ["Hello there!\n", " 42", "<|im_end|> is a token"]))
-        assert tokenizer.decode(group.prompt_ids) == f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-        for answer, ids in zip(answers, group.completion_ids):
-            assert ids[-1] == end and not {start, end, eos} & set(ids[:-1])
-            assert tokenizer.decode(ids[:-1]) == answer == encoder.decode(ids)
+    completions = ["Hello there!\n", " 42", "<|im_end|> is a token"]
+    group = encoder(Group("", system + [ask("Hi")], completions))
+    turns = f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(group.prompt_ids) == turns
+    for completion, ids in zip(completions, group.completion_ids):
+        assert ids[-1] == end and not {start, end, eos} & set(ids[:-1])
+        assert tokenizer.decode(ids[:-1]) == completion == encoder.decode(ids)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-tokenizer", "stories260k"])
 def test_a1_a24_real_pairs_with_real_tokenisers(name):
     tokenizer = pretrained(name)
-    groups, report = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS, limit=80)
-    kept, bos = tokenise(groups, report, Encoder(tokenizer), 10 ** 6), [1] * (name == "stories260k")
+    groups, account = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS, limit=80)
+    kept = tokenise(groups, account, Encoder(tokenizer), 10 ** 6)
+    bos = [1] if name == "stories260k" else []
     assert len(kept) == 80
     for g in kept:
-        for answer, ids in zip(g.completions, g.completion_ids):
-            assert tokenizer.decode(g.prompt_ids + ids, skip_special_tokens=True) == g.prompt + answer
-            assert g.prompt_ids + ids[:-1] == bos + plain_ids(tokenizer, g.prompt + answer)  # nothing merges after a ":"
+        for completion, ids in zip(g.completions, g.completion_ids):
+            joint = g.prompt + completion
+            assert tokenizer.decode(g.prompt_ids + ids, skip_special_tokens=True) == joint
+            assert g.prompt_ids + ids[:-1] == bos + plain_ids(tokenizer, joint)  # nothing merges after a ":"

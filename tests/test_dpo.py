@@ -7,6 +7,7 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,26 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import train_dpo
-from train_dpo import Pairs, dpo, main, micro_loss, normaliser
+from train_dpo import Completions, dpo, main, micro_loss, normaliser
 
 TOY = Path(__file__).parent / "toy"
-GOLDEN = Pairs(*(torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.5, 1.0)))          # h = 1.5
+PAIRS = [name for name, row in common.FORMATS.items() if row.gives == "pair"]
+
+
+def pairs(policy_w, policy_l, ref_w, ref_l, p, lengths=None):
+    """M pairs, each tensor (M,), as a loss sees them."""
+    count = torch.arange(len(policy_w))
+    length = torch.ones(2 * len(count)) if lengths is None else lengths
+    return Completions(torch.cat([policy_w, policy_l]), torch.cat([ref_w, ref_l]), length, count, count + len(count), p,
+                       torch.ones(len(count)))
+
+
+def golden(p=1.0):
+    return pairs(*(torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.5, p)))          # h = 1.5
+
+
+def with_beta(beta):
+    return SimpleNamespace(beta=beta)
 
 
 def run(out, *flags):
@@ -86,8 +103,8 @@ def test_eq5_eq6_the_partition_function_cancels():
         for l in range(4):
             h = (BEST[w] / REF[w]).log() - (BEST[l] / REF[l]).log()
             assert torch.sigmoid(REWARD[w] - REWARD[l]).item() == pytest.approx(torch.sigmoid(BETA * h).item(), abs=1e-12)
-            pair = Pairs(*(x.log()[None].float() for x in (BEST[w], BEST[l], REF[w], REF[l])), torch.ones(1))
-            assert dpo(pair, BETA).item() == pytest.approx(-torch.sigmoid(BETA * h).log().item(), abs=1e-5)
+            pair = pairs(*(x.log()[None].float() for x in (BEST[w], BEST[l], REF[w], REF[l])), torch.ones(1))
+            assert dpo(pair, with_beta(BETA)).item() == pytest.approx(-torch.sigmoid(BETA * h).log().item(), abs=1e-5)
 
 
 def test_eq7_dpo_on_all_pairs_reaches_the_closed_form_optimum():
@@ -100,7 +117,7 @@ def test_eq7_dpo_on_all_pairs_reaches_the_closed_form_optimum():
     def closure():
         optimizer.zero_grad()
         policy, ref = logits.log_softmax(0), REF.log()
-        loss = dpo(Pairs(policy[w], policy[l], ref[w], ref[l], p), BETA).mean()
+        loss = dpo(pairs(policy[w], policy[l], ref[w], ref[l], p), with_beta(BETA)).mean()
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -110,7 +127,7 @@ def test_eq7_dpo_on_all_pairs_reaches_the_closed_form_optimum():
 def test_eq7_loss_is_log2_when_policy_is_reference():
     logp = torch.tensor([-3.0, -300.0, -0.1])
     for p in (1.0, 0.9, 0.3):
-        loss = dpo(Pairs(logp, logp - 5, logp, logp - 5, torch.full((3,), p)), 0.7)
+        loss = dpo(pairs(logp, logp - 5, logp, logp - 5, torch.full((3,), p)), with_beta(0.7))
         assert torch.allclose(loss, torch.full((3,), math.log(2)))
 
 
@@ -118,13 +135,13 @@ def test_eq8_least_where_sigma_of_beta_h_is_p():
     for p in (0.6, 0.9, 0.99):
         h = torch.tensor([math.log(p / (1 - p)) / 0.3], dtype=torch.float64, requires_grad=True)
         zero = torch.zeros(1, dtype=torch.float64)
-        dpo(Pairs(h, zero, zero, zero, zero + p), 0.3).backward()
+        dpo(pairs(h, zero, zero, zero, zero + p), with_beta(0.3)).backward()
         assert abs(h.grad.item()) < 1e-12
 
 
 def test_eq9_gradient_is_minus_beta_sigma_of_minus_beta_h():
     inputs = [torch.tensor([a, b], dtype=torch.float64, requires_grad=True) for a, b in ((-10, -3), (-12, -2.5), (-11, -4), (-11.5, -1))]
-    dpo(Pairs(*inputs, torch.ones(2, dtype=torch.float64)), 0.1).sum().backward()
+    dpo(pairs(*inputs, torch.ones(2, dtype=torch.float64)), with_beta(0.1)).sum().backward()
     h = (inputs[0] - inputs[2] - inputs[1] + inputs[3]).detach()
     size = 0.1 / (1 + (0.1 * h).exp())
     assert torch.allclose(inputs[0].grad, -size) and torch.allclose(inputs[1].grad, size)
@@ -134,35 +151,44 @@ def test_eq9_gradient_is_minus_beta_sigma_of_minus_beta_h():
 
 @pytest.mark.parametrize("p, value", [(1.0, 0.620957), (0.9, 0.635957), (0.5, 0.695957)])
 def test_golden_values(p, value):
-    assert dpo(GOLDEN._replace(p=torch.tensor([p])), 0.1).item() == pytest.approx(value, abs=1e-6)
+    assert dpo(golden(p), with_beta(0.1)).item() == pytest.approx(value, abs=1e-6)
 
 
 def test_b11_swapping_the_answers_and_p_changes_nothing():
-    a, b, c, d, _ = GOLDEN
+    a, b, c, d = (torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.5))
     for p in (0.0, 0.2, 1.0):
-        one = dpo(Pairs(a, b, c, d, torch.tensor([p])), 0.1)
-        assert torch.allclose(one, dpo(Pairs(b, a, d, c, torch.tensor([1 - p])), 0.1))
+        one = dpo(pairs(a, b, c, d, torch.tensor([p])), with_beta(0.1))
+        assert torch.allclose(one, dpo(pairs(b, a, d, c, torch.tensor([1 - p])), with_beta(0.1)))
 
 
 def test_b18_extreme_margins_stay_finite():
     for margin in (-2000.0, 2000.0):
         x = torch.tensor([margin], requires_grad=True)
         zero = torch.zeros(1)
-        loss = dpo(Pairs(x, zero, zero, zero, zero + 0.9), 1.0)
+        loss = dpo(pairs(x, zero, zero, zero, zero + 0.9), with_beta(1.0))
         loss.backward()
         assert torch.isfinite(loss).all() and torch.isfinite(x.grad).all()
 
 
 def toy_groups(n=8):
     encoder = common.load_encoder(TOY / "model")
-    groups, report = common.read_groups(TOY / "pairs.jsonl", common.PAIRS, limit=n)
+    groups, account = common.read_groups(TOY / "pairs.jsonl", PAIRS, limit=n)
     for i, g in enumerate(groups):                                                       # very different lengths
         g.completions[0] += " so it is" * (i % 4)
         g.completions[1] += " perhaps" * (i // 3)
-    groups = common.tokenise(groups, report, encoder, 512)
-    for i, g in enumerate(groups):
-        g.ref_logps = [-3.0 - i, -2.0 - 0.5 * i]
+    groups = common.tokenise(groups, account, encoder, 512)
+    common.number_completions(groups)
     return encoder, groups
+
+
+REF_LOGPS = torch.tensor([(-3.0 - i, -2.0 - 0.5 * i) for i in range(8)]).flatten()       # of toy_groups()
+
+
+def only_chosen(groups):
+    """As --loss sft has them."""
+    for g in groups:
+        del g.completion_ids[1:], g.scores[1:]
+    common.number_completions(groups)
 
 
 FLAGS = {"dpo": [], "cdpo": ["--label-smoothing", "0.1"], "dpo + sft": ["--sft-coef", "0.7"], "sft": ["--loss", "sft"]}
@@ -172,9 +198,10 @@ def step_gradient(model, groups, args, budget):
     model.zero_grad()
     total = 0.0
     for micro in common.micro_batches(groups, budget):
-        loss, _ = micro_loss(train_dpo.forward(model, micro, True), micro, args)
-        (loss / normaliser(groups, args.loss)).backward()
-        total += loss.item() / normaliser(groups, args.loss)
+        logps = common.completion_logps(model, common.lay_out(model, micro, True))
+        loss, _ = micro_loss(logps, REF_LOGPS, micro, args)
+        (loss / normaliser(groups, args)).backward()
+        total += loss.item() / normaliser(groups, args)
     return total, [p.grad.clone() for p in model.parameters()]
 
 
@@ -189,8 +216,7 @@ def test_b15_one_two_or_eight_micro_batches_give_one_gradient(flags):
     encoder, groups = toy_groups()
     model, args = common.load_model(TOY / "model", encoder, "cpu"), train_dpo.parse_args(flags)
     if args.loss == "sft":
-        for g in groups:
-            del g.completion_ids[1:]
+        only_chosen(groups)
     total = sum(g.tokens() for g in groups)
     counts, results = [], []
     for budget in (10 ** 9, (2 * total) // 3, 1):
@@ -220,15 +246,15 @@ def test_step_loss_and_gradient_against_float64(flags):
             losses.append(-logps[0])
             tokens += n
         else:
-            z = args.beta * ((logps[0] - g.ref_logps[0]) - (logps[1] - g.ref_logps[1]))
+            ref = REF_LOGPS[g.index]
+            z = args.beta * ((logps[0] - ref[0]) - (logps[1] - ref[1]))
             e = args.label_smoothing
             losses.append((1 - e) * torch.log1p((-z).exp()) + e * torch.log1p(z.exp()) - args.sft_coef * logps[0] / n)
             tokens += 1
     expected = sum(losses) / tokens
     expected.backward()
     if args.loss == "sft":
-        for g in groups:
-            del g.completion_ids[1:]
+        only_chosen(groups)
     loss, gradient = step_gradient(model, groups, args, 100)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert distance(gradient, [p.grad for p in exact.parameters()]) < 3e-4     # 7e-5 is the fast exp in torch's CPU attention
@@ -247,8 +273,8 @@ def test_b6_every_option_changes_loss_and_gradient():
 def test_eq10_b7_sft_coef_zero_is_dpo_and_adds_the_mean_token_nll_of_chosen():
     _, groups = toy_groups()
     policy = torch.linspace(-9, -1, 16).requires_grad_()
-    loss = {c: micro_loss(policy, groups, train_dpo.parse_args(["--sft-coef", str(c)]))[0] for c in (0.0, 0.5)}
-    assert torch.equal(loss[0.0], micro_loss(policy, groups, train_dpo.parse_args([]))[0])
+    loss = {c: micro_loss(policy, REF_LOGPS, groups, train_dpo.parse_args(["--sft-coef", str(c)]))[0] for c in (0.0, 0.5)}
+    assert torch.equal(loss[0.0], micro_loss(policy, REF_LOGPS, groups, train_dpo.parse_args([]))[0])
     nll = sum(-policy[2 * i] / len(g.completion_ids[0]) for i, g in enumerate(groups))
     assert torch.allclose(loss[0.5] - loss[0.0], 0.5 * nll)
     assert torch.autograd.grad(loss[0.5], policy)[0][0::2].lt(0).all()                   # raising log π(chosen) lowers the loss
@@ -256,9 +282,9 @@ def test_eq10_b7_sft_coef_zero_is_dpo_and_adds_the_mean_token_nll_of_chosen():
 
 def test_b13_rewards_are_zero_and_accuracy_one_half_at_the_start():
     _, groups = toy_groups()
-    logps = torch.tensor([x for g in groups for x in g.ref_logps])
-    sums = micro_loss(logps, groups, train_dpo.parse_args([]))[1]
-    result = train_dpo.means(sums, groups, "dpo")
+    args = train_dpo.parse_args([])
+    sums = micro_loss(REF_LOGPS, REF_LOGPS, groups, args)[1]
+    result = train_dpo.means(sums, groups, args)
     assert result["loss"] == pytest.approx(math.log(2)) and result["rewards/accuracies"] == 0.5
     assert result["rewards/margins"] == result["rewards/chosen"] == result["chosen_fell"] == 0
 
@@ -266,11 +292,12 @@ def test_b13_rewards_are_zero_and_accuracy_one_half_at_the_start():
 def test_d7_means_are_over_all_rows_not_over_micro_batches():
     _, groups = toy_groups()
     logps = torch.linspace(-9, -1, 16)
-    args, whole, parts = train_dpo.parse_args([]), None, Counter()
-    whole = train_dpo.means(micro_loss(logps, groups, args)[1], groups, "dpo")
-    for cut in (slice(0, 1), slice(1, 8)):
-        parts.update(micro_loss(logps[2 * cut.start:2 * cut.stop], groups[cut], args)[1])
-    assert {k: pytest.approx(v) for k, v in whole.items()} == train_dpo.means(parts, groups, "dpo")
+    args = train_dpo.parse_args([])
+    whole = train_dpo.means(micro_loss(logps, REF_LOGPS, groups, args)[1], groups, args)
+    parts = Counter()
+    for some in (slice(0, 1), slice(1, 8)):
+        parts.update(micro_loss(logps[2 * some.start:2 * some.stop], REF_LOGPS, groups[some], args)[1])
+    assert {k: pytest.approx(v) for k, v in whole.items()} == train_dpo.means(parts, groups, args)
 
 
 def test_b16_learning_rate_warms_up_and_ends_where_it_says():
@@ -297,7 +324,7 @@ def test_zero_flag_smoke(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["--max-steps", "3", "--eval-samples", "16"])
     said = capsys.readouterr().out
-    assert "0.6931 (expected 0.6931)" in said and "right samples" in said and "'<s><user>" in said
+    assert "0.6931 (expected 0.6931)" in said and "correct samples" in said and "'<s><user>" in said
     assert {f.name for f in Path("runs/dpo").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json", "args.json", "metrics.jsonl", "checkpoint"}
 
 
@@ -316,8 +343,8 @@ def test_saved_model_loads_in_plain_transformers_with_the_same_numbers(straight)
     out, lines = straight
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     encoder, base = common.load_encoder(TOY / "model"), AutoModelForCausalLM.from_pretrained(TOY / "model")
-    groups, report = common.read_groups(TOY / "pairs.jsonl", common.PAIRS, limit=300)
-    _, held_out = common.split_by_prompt(common.tokenise(groups, report, encoder, 512), 0.1, 0)
+    groups, account = common.read_groups(TOY / "pairs.jsonl", PAIRS, limit=300)
+    _, held_out = common.split_by_prompt(common.tokenise(groups, account, encoder, 512), 0.1, 0)
     total = 0.0
     for g in held_out:
         text = tokenizer.apply_chat_template(g.prompt + [{"role": "assistant", "content": g.completions[0]}], tokenize=False)
@@ -343,28 +370,29 @@ def test_d2_killed_and_resumed_is_bit_equal(straight, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, "--max-steps", 10, "--eval-every", 5, "--save-every", 4)
     monkeypatch.undo()
-    assert [f.name for f in (tmp_path / "checkpoint").iterdir()] == ["step-4"] and metrics(tmp_path)[-1]["step"] == 6
+    assert [f.name for f in (tmp_path / "checkpoint").iterdir()] == ["step-4.safetensors"] and metrics(tmp_path)[-1]["step"] == 6
     lines = run(tmp_path, "--max-steps", 10, "--eval-every", 5, "--save-every", 4, "--resume")
     keep = lambda ms: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in ms]  # noqa: E731
     assert keep(lines) == keep(straight[1])
-    for part in ("weights", "optimizer"):
-        assert (tmp_path / f"checkpoint/step-10/{part}.safetensors").read_bytes() == (straight[0] / f"checkpoint/step-10/{part}.safetensors").read_bytes()
+    last = "checkpoint/step-10.safetensors"
+    assert (tmp_path / last).read_bytes() == (straight[0] / last).read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
 
 
 def test_d3_kill_while_saving_keeps_the_previous_checkpoint(straight, tmp_path, monkeypatch):
     calls = []
 
-    def die(tensors, file, save=train_dpo.save_file):
+    def die(tensors, file, save=common.save_file):
         calls.append(file)
-        if len(calls) == 5:                                  # 1 reference log-probs, 2–3 first checkpoint, 4–5 the second
+        if len(calls) == 3:                                  # 1 reference log-probs, 2 first checkpoint, 3 the second
+            Path(file).write_bytes(b"half a file")
             raise RuntimeError("killed")
         save(tensors, file)
-    monkeypatch.setattr(train_dpo, "save_file", die)
+    monkeypatch.setattr(common, "save_file", die)
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, "--max-steps", 10, "--save-every", 3)
     monkeypatch.undo()
-    assert {f.name for f in (tmp_path / "checkpoint").iterdir()} == {"step-3", "writing"}
+    assert {f.name for f in (tmp_path / "checkpoint").iterdir()} == {"step-3.safetensors", "step-6.safetensors.writing"}
     run(tmp_path, "--max-steps", 10, "--save-every", 3, "--resume")
     assert (tmp_path / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
 
@@ -384,27 +412,88 @@ def test_ctrl_c_saves_and_resumes(straight, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
 
 
-def test_resume_refuses_other_flags_and_a_new_run_keeps_the_old_checkpoint(straight, tmp_path, capsys):
-    run(tmp_path, "--max-steps", 2)
-    assert "--beta 0.1, not 0.2" in refused(capsys, "--output-dir", tmp_path, "--limit", 300, "--batch-size", 16, "--resume", "--beta", 0.2)
-    (tmp_path / "notes.json").write_text("mine")
-    run(tmp_path, "--max-steps", 1)
-    assert (tmp_path / "notes.json").read_text() == "mine"
-    assert "kept in" in capsys.readouterr().out
-    old = tmp_path / "old"
-    assert (old / "checkpoint/step-2").is_dir() and len(metrics(old)) == 4 and (old / "model.safetensors").exists() and (old / "args.json").exists()
-    assert (tmp_path / "checkpoint/step-1").is_dir() and not (tmp_path / "old/ref_logps").exists()
-    (tmp_path / "p.jsonl").write_text("".join((TOY / "pairs.jsonl").read_text().splitlines(True)[:200]))
-    flags = ("--output-dir", tmp_path / "p", "--dataset", tmp_path / "p.jsonl", "--batch-size", 16, "--eval-samples", 8)
+def test_resume_refuses_other_flags_and_other_data(tmp_path, capsys):
+    rows = (TOY / "pairs.jsonl").read_text().splitlines(True)
+    (tmp_path / "p.jsonl").write_text("".join(rows[:200]))
+    out = tmp_path / "run"
+    flags = ("--output-dir", out, "--dataset", tmp_path / "p.jsonl", "--batch-size", 16, "--eval-samples", 8)
     main(list(map(str, [*flags, "--max-steps", 3])))
+    assert "--beta 0.1, not 0.2" in refused(capsys, *flags, "--resume", "--beta", 0.2)
     assert "after step 3" in refused(capsys, *flags, "--max-steps", 2, "--resume")
-    assert "--output-dir" in refused(capsys, *flags, "--model", tmp_path / "p")          # the reference would be what is trained
-    assert "--output-dir" in refused(capsys, *flags, "--model", tmp_path / "p/old")      # or would be moved away before it is read
-    (tmp_path / "p.jsonl").write_text("".join((TOY / "pairs.jsonl").read_text().splitlines(True)[1:201]))
-    assert "--dataset" in refused(capsys, *flags, "--max-steps", 4, "--resume")          # other rows: another plan, another split
-    (tmp_path / "p/args.json").write_text("{")
-    assert "args.json" in refused(capsys, *flags, "--max-steps", 4, "--resume")
+    (tmp_path / "p.jsonl").write_text("".join(rows[1:201]))
+    assert "data is not what it was" in refused(capsys, *flags, "--max-steps", 4, "--resume")    # another plan, another split
+    (tmp_path / "p.jsonl").write_text("".join(rows[:200]).replace('"answer": "91"', '"answer": "92"'))
+    assert "data is not what it was" in refused(capsys, *flags, "--max-steps", 4, "--resume")    # what is correct is data, too
+    (tmp_path / "p.jsonl").write_text("".join(rows[:200]))
+    main(list(map(str, [*flags, "--max-steps", 4, "--resume"])))
+    assert "--max-steps was 3 and is 4" in capsys.readouterr().out
+    (out / "args.json").write_text("[1, 2]")
+    assert "args.json" in refused(capsys, *flags, "--max-steps", 5, "--resume")
     assert "no checkpoint" in refused(capsys, "--output-dir", tmp_path / "none", "--resume", "--limit", 50)
+
+
+def test_a_new_run_keeps_an_earlier_one_as_a_whole(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(out, "--max-steps", 2)
+    (out / "notes.json").write_text("mine")
+    before = {f.name: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    run(out, "--max-steps", 1)
+    assert "kept as" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run-1").rglob("*") if f.is_file()} == before
+    assert (out / "checkpoint/step-1.safetensors").exists() and not (out / "notes.json").exists()
+    run(out, "--max-steps", 1)
+    assert (tmp_path / "run-2/model.safetensors").exists() and (tmp_path / "run-1/model.safetensors").exists()
+    assert "--output-dir" in refused(capsys, "--output-dir", out, "--model", out)        # the reference would be what is trained
+    assert "--output-dir" in refused(capsys, "--output-dir", tmp_path, "--model", out)   # or would be moved away before it is read
+
+
+def test_an_input_inside_the_output_directory_is_refused(tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "p.jsonl").write_text("".join((TOY / "pairs.jsonl").read_text().splitlines(True)[:50]))
+    assert "--dataset" in refused(capsys, "--output-dir", out, "--dataset", out / "p.jsonl")
+    (tmp_path / "link").symlink_to(out)
+    assert "--eval-dataset" in refused(capsys, "--output-dir", tmp_path / "link", "--limit", 50, "--eval-dataset", out / "p.jsonl")
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_the_state_before_it(straight, tmp_path, monkeypatch, capsys):
+    def spoil(*x, micro_loss=train_dpo.micro_loss):
+        loss, sums = micro_loss(*x)
+        calls.append(loss)
+        return (loss * math.nan if len(calls) == 6 else loss), sums
+    calls = []
+    monkeypatch.setattr(train_dpo, "micro_loss", spoil)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "o", "--max-steps", 10)               # call 1 is the evaluation, so the 5th step
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "step 5" in said and "not finite" in said and "--resume" in said
+    monkeypatch.undo()
+    run(tmp_path / "o", "--max-steps", 10, "--resume")
+    assert (tmp_path / "o/model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_is_written_every_ten_minutes_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dpo, "SAVE_SECONDS", 0)
+    steps = []
+
+    def note(out, model, optimizer, step, save=train_dpo.save_checkpoint):
+        steps.append(step)
+        save(out, model, optimizer, step)
+    monkeypatch.setattr(train_dpo, "save_checkpoint", note)
+    run(tmp_path / "o", "--max-steps", 3)
+    assert steps == [1, 2, 3]
+    assert {f.name for f in (tmp_path / "o/checkpoint").iterdir()} == {"step-2.safetensors", "step-3.safetensors"}
+
+
+def test_a_copy_of_the_script_runs_and_writes_to_a_directory_of_its_own(tmp_path):
+    """cp train_dpo.py train_mine.py: a fork is a copy."""
+    import importlib.util
+    copy = tmp_path / "train_mine.py"
+    copy.write_text(Path(train_dpo.__file__).read_text())
+    spec = importlib.util.spec_from_file_location("train_mine", copy)
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    assert mine.parse_args([]).output_dir == "runs/mine" and train_dpo.parse_args([]).output_dir == "runs/dpo"
 
 
 def test_b12_dropout_is_off_and_stays_in_the_config(tmp_path):
@@ -419,24 +508,34 @@ def test_b12_dropout_is_off_and_stays_in_the_config(tmp_path):
 
 
 def test_b13_reference_cache_is_read_again_and_keyed_by_all_it_depends_on(tmp_path, capsys):
-    first = run(tmp_path, "--max-steps", 3, "--epochs", 2)
-    files = lambda: sorted(f.name for f in (tmp_path / "ref_logps").iterdir())  # noqa: E731
-    assert len(files()) == 1
-    again = run(tmp_path, "--max-steps", 3, "--epochs", 2)
-    assert "read from" in capsys.readouterr().out and len(files()) == 1
+    def kept():
+        return [f.name for f in (tmp_path / "run/ref_logps").iterdir()]
+
+    first = run(tmp_path / "run", "--max-steps", 3, "--epochs", 2)
+    names = kept()
+    assert len(names) == 1
+    again = run(tmp_path / "run", "--max-steps", 3, "--epochs", 2)
+    assert "read from" in capsys.readouterr().out and kept() == names
     assert [m["loss"] for m in first if "loss" in m] == [m["loss"] for m in again if "loss" in m]
-    for number, flags in enumerate((["--max-length", 9], ["--limit", 200], ["--ref-model", straight_copy(tmp_path)]), 2):
-        run(tmp_path, "--max-steps", 1, *flags)
-        assert len(files()) == number
+    other_config = straight_copy(tmp_path / "config", weight=0.0, rope_theta=77.0)
+    for flags in (["--max-length", 9], ["--limit", 200], ["--ref-model", straight_copy(tmp_path / "weight")], ["--ref-model", other_config]):
+        run(tmp_path / "run", "--max-steps", 1, *flags)
+        assert "read from" not in capsys.readouterr().out
+        names += kept()
+    assert len(set(names)) == len(names) == 5
 
 
-def straight_copy(folder):
-    """The toy model with one weight changed."""
+def straight_copy(folder, weight=0.1, rope_theta=None):
+    """The toy model with one weight changed, or its config."""
     model = AutoModelForCausalLM.from_pretrained(TOY / "model")
-    model.model.norm.weight.data[0] += 0.1
-    model.save_pretrained(folder / "other")
-    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder / "other")
-    return folder / "other"
+    model.model.norm.weight.data[0] += weight
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    if rope_theta:
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_models_that_cannot_be_a_policy_are_refused(tmp_path, capsys):
