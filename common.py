@@ -178,7 +178,10 @@ def read_rows(source, split="train"):
     if not path.is_file():
         if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
             fail(f"{source}: no such file.")
-        return read_hub(str(source), split)
+        with failing(f"{source} (split {split}): neither a file nor a dataset that can be loaded"):
+            from datasets import load_dataset  # here, because it takes seconds to import
+            rows = load_dataset(str(source), split=split)
+        return [(f"{source}, {split} row {i}", dict(row)) for i, row in enumerate(rows)]
     if not name.endswith((".json", ".jsonl", ".csv", ".parquet")):
         fail(f"{source}: known file types are .json, .jsonl, .csv and .parquet, also with .gz.")
 
@@ -194,23 +197,15 @@ def read_rows(source, split="train"):
     return read_csv(source, text) if name.endswith(".csv") else read_json(source, text)
 
 
-def read_hub(name, split):
-    with failing(f"{name} (split {split}): neither a file nor a dataset that could be loaded"):
-        from datasets import load_dataset  # here, because it takes seconds to import
-        rows = load_dataset(name, split=split)
-    return [(f"{name}, {split} row {i}", dict(row)) for i, row in enumerate(rows)]
-
-
 def read_csv(source, text):
     csv.field_size_limit(2 ** 31 - 1)  # else it refuses cells over 131,072 characters: dialogues
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    names = reader.fieldnames or []
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        fail(f"{source}, line 1: two columns are called '{twice[0]}'; rename one.")
-
     rows = []
     try:
+        names = reader.fieldnames or []
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            fail(f"{source}, line 1: two columns are called '{twice[0]}'; rename one.")
         for row in reader:
             where = f"{source}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -459,10 +454,11 @@ def rename_columns(rows, columns, source):
             fail(f"--columns {new}={old}: {source} has no column '{old}' (it has: "
                  f"{', '.join(first)}); write NEW=OLD.")
     for where, row in rows:
-        for _, old in renames:
+        values = {}
+        for new, old in renames:
             if old not in row:
                 fail(f"{where}: column '{old}' is missing.")
-        values = {new: row[old] for new, old in renames}
+            values[new] = row[old]
         for _, old in renames:
             row.pop(old, None)
         row.update(values)
@@ -542,10 +538,10 @@ MARK = "\ufdd0"      # a noncharacter, never in real text: brackets text that on
 class Encoder:
     """A tokeniser with the decisions that training, sampling and scoring must share.
 
-    bos    what prompts begin with where the tokeniser puts it itself, never twice
-    eos    ends a completion of plain text
+    bos       what prompts begin with where the tokeniser puts it itself, never twice
+    eos       ends a completion of plain text
     turn_end  ends a completion in a chat: what the template writes, else EOS
-    stops  every id at which sampling stops: these two and generation_config's EOS ids
+    stops     every id at which sampling stops: these two and generation_config's EOS ids
 
     Messages become text by the chat template; plain text stays as it is unless `chat` is set.
     """
@@ -752,7 +748,7 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
             account.dropped["with no room for a completion"] += 1
         elif not all(fits) and overlong == "drop":
             account.dropped[f"over --max-length {max_length}"] += 1
-        elif len(ids) == 2 and ids[0] == ids[1] and account.format in FORMATS:  # else: samples
+        elif len(ids) == 2 and ids[0] == ids[1] and group.scores:  # one is said to be better
             account.dropped["with completions of identical tokens"] += 1
         else:
             group.completion_ids = ids
@@ -967,42 +963,34 @@ def assemble(rows, count, shared):
     """Lays out rows of Trees that hold K = count completions → Batch."""
     lengths = [sum(map(Tree.size, row)) for row in rows]
     width = max(lengths)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros_like(input_ids)
-    tree_of = torch.full_like(input_ids, -1)
-    branch = torch.full_like(input_ids, -1)
+    places = []                     # R·N times (id, position, tree, completion)
     read = [None] * count
     target = [None] * count
     last = [None] * count
-
-    for r, row in enumerate(rows):
-        at = 0
+    for row in rows:
         for t, tree in enumerate(row):
             past = len(tree.prompt)
-            end_of_prompt = r * width + at + past - 1
+            end_of_prompt = len(places) + past - 1
             for k, ids in [(-1, tree.prompt), *tree.completions]:
                 assert ids, "an empty prompt or completion: nothing predicts it"
-                place = slice(at, at + len(ids))
+                first = len(places)
                 start = 0 if k < 0 else past
-                input_ids[r, place] = torch.tensor(ids)
-                positions[r, place] = torch.arange(start, start + len(ids))
-                tree_of[r, place] = t
-                branch[r, place] = k
+                places += [(token, start + i, t, k) for i, token in enumerate(ids)]
                 if k >= 0:
                     # The prompt's last token predicts a completion's first, each token the next.
-                    first = r * width + at
-                    last[k] = first + len(ids) - 1
-                    read[k] = torch.tensor([end_of_prompt, *range(first, last[k])])
-                    target[k] = torch.tensor(ids)
-                at += len(ids)
+                    read[k] = [end_of_prompt, *range(first, len(places) - 1)]
+                    target[k] = ids
+                    last[k] = len(places) - 1
+        places += [(0, 0, -1, -1)] * (-len(places) % width)  # padding
 
+    input_ids, positions, tree_of, branch = torch.tensor(places).T.reshape(4, len(rows), width)
     return Batch(
         input_ids, positions, torch.tensor(lengths),
         tree=tree_of if shared else None,
         branch=branch if shared else None,
-        read=torch.cat(read),
-        target=torch.cat(target),
-        owner=torch.arange(count).repeat_interleave(torch.tensor(list(map(len, target)))),
+        read=torch.tensor([place for where in read for place in where]),
+        target=torch.tensor([token for ids in target for token in ids]),
+        owner=torch.tensor([k for k, ids in enumerate(target) for _ in ids]),
         last=torch.tensor(last),
         count=count)
 

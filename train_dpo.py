@@ -92,14 +92,27 @@ likelihood on the chosen completions, which makes π_ref where there is no SFT m
 #    the tokens of the batch.)
 #
 # 7. `--loss sft`: −log π(y_w|x), summed over a step, divided by its tokens; nats a token.     (11)
+#
+# 8. Fitting the policy to a reward model. A trained reward r says of any two completions of a
+# prompt,
+#    labelled by nobody, p = σ( (r_1 − r_2)/T ). `--loss soft` is the cross-entropy (8) between this
+#    p and the win rate σ(βh) that the policy implies:
+#
+#        ∇L_soft = −β ( p − σ( βh ) ) [ ∇ log π(y_1|x) − ∇ log π(y_2|x) ]                     (12)
+#
+#    It pulls h to (r_1 − r_2)/(βT) from either side and stops there; with p = 1 it is (9). Z(x)
+#    never enters: (4) is only used for a difference. So does `--loss distill`, by squares:
+#
+#        L_distill = ( βh − (r_1 − r_2)/T )²                                                  (13)
 
 # --- imports --------------------------------------------------------------------------------------
 import argparse
 import hashlib
 import math
+import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -109,7 +122,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import common
-from common import FORMATS, Plan, compare, completion_logps, fail, for_all, log, within
+from common import (
+    FORMATS, Plan, compare, completion_logps, fail, for_all, log, reward_scores, token_logps,
+    within)
 
 TOY = Path(__file__).parent / "tests" / "toy"
 NAME = Path(__file__).stem.removeprefix("train_")    # a copy of this file writes to runs/ITS NAME
@@ -160,19 +175,34 @@ def parse_args(argv=None):
     g = p.add_argument_group("DPO")
     losses = [f"{name}: {row.function.__doc__.splitlines()[0]}" for name, row in LOSSES.items()]
     g.add_argument("--loss", choices=LOSSES, default="dpo", help="; ".join(losses))
-    g.add_argument("--beta", type=within("(0, inf)"), default=0.1, help="price of leaving the reference (1): larger stays closer")
-    g.add_argument("--label-smoothing", type=within("[0, 0.5)"), default=0.0, help="probability that a label is wrong (8)")
-    g.add_argument("--sft-coef", type=within("[0, inf)"), default=0.0, help="weight of the chosen completion's mean NLL (10)")
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
     g.add_argument("--eval-samples", type=natural, default=256, help="held-out prompts to sample for at each evaluation")
+    g = p.add_argument_group("of single losses; the defaults stand in LOSSES")
+    positive = within("(0, inf)")
+    weight = within("[0, inf)")
+    g.add_argument("--beta", type=positive, help="price of leaving the reference (1): larger stays closer")
+    g.add_argument("--label-smoothing", type=within("[0, 0.5)"), help="probability that a label is wrong (8)")
+    g.add_argument("--sft-coef", type=weight, help="weight of the chosen completion's mean NLL (10)")
+    g.add_argument("--reward-model", metavar="DIR", help="soft, distill: labels the pairs; else the columns of score.py do")
+    g.add_argument("--reward-temperature", type=positive, help="soft, distill: rewards are divided by it (12)")
+    g.add_argument("--gamma", type=weight, help="simpo, slic: target margin")
+    g.add_argument("--ipo-normalise", choices=["sum", "mean"], help="ipo: log-ratios of completions or per token")
+    g.add_argument("--dpop-lambda", type=weight, help="dpop: price of a fallen chosen log-prob")
+    g.add_argument("--length-penalty", type=within("(-inf, inf)"), help="rdpo: α, nats a token")
+    g.add_argument("--desirable-weight", type=weight, help="kto: λ_D")
+    g.add_argument("--undesirable-weight", type=weight, help="kto: λ_U")
     p.set_defaults(dataset=f"{TOY}/pairs.jsonl", learning_rate=1e-3)
+    flags = LOSSES[p.parse_known_args(argv)[0].loss].flags
+    p.set_defaults(**flags)
     args = p.parse_args(argv)
 
     # A flag that the loss does not read is refused: ignored, it would seem to have had its effect.
-    for flag in ("beta", "label_smoothing", "sft_coef", "ref_model"):
-        if getattr(args, flag) != p.get_default(flag) and flag not in LOSSES[args.loss].reads:
-            p.error(f"--loss {args.loss} does not read --{flag.replace('_', '-')}: drop it")
-    common.check_inputs(args, ("model", "ref_model", "dataset", "eval_dataset", "chat_template"))
+    for row in LOSSES.values():
+        for flag in row.flags:
+            if flag not in flags and getattr(args, flag) is not None:
+                p.error(f"--loss {args.loss} does not read --{flag.replace('_', '-')}: drop it")
+    names = ("model", "ref_model", "reward_model", "dataset", "eval_dataset", "chat_template")
+    common.check_inputs(args, names)
     return args
 
 
@@ -182,24 +212,46 @@ def parse_args(argv=None):
 
 @dataclass
 class Completions:
-    """What a loss sees of some groups: their completions, and which are better than which."""
+    """What a loss sees of some groups: their K completions, and M pairs "chosen ≻ rejected" of
+    them."""
     policy: torch.Tensor      # (K,) log π(y|x)
-    ref: torch.Tensor         # (K,) log π_ref(y|x); NaN for a loss without reference
+    ref: torch.Tensor         # (K,) log π_ref(y|x); 0 for a loss without reference
     length: torch.Tensor      # (K,) tokens of y, end included
+    label: torch.Tensor       # (K,) True where the completion itself is said to be good (kto)
     chosen: torch.Tensor      # (M,) index of the better completion of each pair
     rejected: torch.Tensor    # (M,) index of the worse one
-    p: torch.Tensor           # (M,) probability that the label is right
+    p: torch.Tensor           # (M,) probability that the pair is labelled right
+    margin: torch.Tensor      # (M,) by how much the chosen one is better (distill)
     weight: torch.Tensor      # (M,) 1 / pairs of the same prompt
+    shift: float = 0.0        # a common baseline of the log-ratios, in nats (kto, bco)
 
     @property
-    def log_ratio(self):
+    def D(self):
         """log π(y|x)/π_ref(y|x), the implicit reward without its β: (K,)"""
         return self.policy - self.ref
 
     @property
-    def h(self):
-        return self.log_ratio[self.chosen] - self.log_ratio[self.rejected]     # (M,)  (6)
+    def D_w(self):
+        return self.D[self.chosen]                                               # (M,)
 
+    @property
+    def D_l(self):
+        return self.D[self.rejected]                                             # (M,)
+
+    @property
+    def n_w(self):
+        return self.length[self.chosen]                                          # (M,)
+
+    @property
+    def n_l(self):
+        return self.length[self.rejected]                                        # (M,)
+
+    @property
+    def h(self):
+        return self.D_w - self.D_l                                               # (M,)  (6)
+
+
+# Pairs with a reference. Each gives (M,) losses; σ is the logistic function, r = βD.
 
 def dpo(x, args):
     """sigmoid loss of Rafailov et al. 2023 (eq. 7), with label smoothing cDPO
@@ -209,6 +261,199 @@ def dpo(x, args):
     right = F.logsigmoid(args.beta * x.h)                                        # (M,)
     wrong = F.logsigmoid(-args.beta * x.h)                                       # (M,)
     return -x.p * right - (1 - x.p) * wrong                                      # (M,)  (7) (8)
+
+
+def robust(x, args):
+    """dpo with labels flipped at a known rate, unbiased (Chowdhury et al. 2024, arXiv 2403.00409)
+
+    Token sums; its mean over labels flipped at rate ε is the dpo loss of the true ones. Unbounded
+    below: it falls for ever as h grows, so watch the margin. β as dpo; ε is --label-smoothing.
+    """
+    right = F.logsigmoid(args.beta * x.h)
+    wrong = F.logsigmoid(-args.beta * x.h)
+    return (-x.p * right + (1 - x.p) * wrong) / (2 * x.p - 1)
+
+
+def ipo(x, args):
+    """squared distance of h from 1/(2β) (Azar et al. 2023, arXiv 2310.12036, eq. 17)
+
+    Token sums as in the paper, or --ipo-normalise mean: log-ratios per token, the authors' later
+    word. A finite target even where labels never disagree. β is its τ: 0.01 to 0.5.
+    """
+    h = x.h
+    if args.ipo_normalise == "mean":
+        h = x.D_w / x.n_w - x.D_l / x.n_l
+    return (h - 1 / (2 * args.beta)).square()
+
+
+def hinge(x, args):
+    """max(0, 1 − βh), no gradient once a pair is apart (RSO, Liu et al. 2023, arXiv 2309.06657)
+
+    Token sums. β is its γ: pairs count as settled at h = 1/β.
+    """
+    return F.relu(1 - args.beta * x.h)
+
+
+def dpop(x, args):
+    """dpo that also pays where the chosen log-prob falls (Pal et al. 2024, arXiv 2402.13228)
+
+    Token sums. −log σ(β (h − λ max(0, −D_w))): the penalty stands inside σ. λ 5 to 500.
+    """
+    fall = F.relu(-x.D_w)
+    return -F.logsigmoid(args.beta * (x.h - args.dpop_lambda * fall))
+
+
+def rdpo(x, args):
+    """dpo for the reward r − α|y|: length costs (Park et al. 2024, arXiv 2403.19159)
+
+    Token sums. −log σ(βh + α (|y_w| − |y_l|)), α from --length-penalty, nats a token.
+    """
+    return -F.logsigmoid(args.beta * x.h + args.length_penalty * (x.n_w - x.n_l))
+
+
+def dpo_norm(x, args):
+    """dpo on log-ratios per token (Tülu 3, Lambert et al. 2024, arXiv 2411.15124)
+
+    Token means: long completions weigh no more than short ones. β is larger for it: 2 to 10.
+    """
+    return -F.logsigmoid(args.beta * (x.D_w / x.n_w - x.D_l / x.n_l))
+
+
+def exo(x, args):
+    """KL of the policy's win rate from the label's, mode-seeking (Ji et al. 2024, arXiv 2402.00856)
+
+    Token sums. The reverse direction of dpo's cross-entropy. A sure label has an infinite KL, so p
+    is at most 0.999, as in the paper's code.
+    """
+    p = x.p.clamp(1e-3, 1 - 1e-3)
+    right = F.logsigmoid(args.beta * x.h)
+    wrong = F.logsigmoid(-args.beta * x.h)
+    return right.exp() * (right - p.log()) + wrong.exp() * (wrong - (1 - p).log())
+
+
+def nca(x, args):
+    """absolute likelihoods, pulled to the reference (Chen et al. 2024, arXiv 2402.05369)
+
+    Token sums. −log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l).
+    """
+    r_w = args.beta * x.D_w
+    r_l = args.beta * x.D_l
+    return -F.logsigmoid(r_w) - 0.5 * F.logsigmoid(-r_w) - 0.5 * F.logsigmoid(-r_l)
+
+
+def bco(x, args):
+    """good or bad as two classes around a baseline δ (Jung et al. 2024, arXiv 2404.04656)
+
+    Token sums. −log σ(r_w − βδ) − log σ(βδ − r_l); δ is a running mean of the log-ratios of all
+    completions, from the steps before this one.
+    """
+    r_w = args.beta * (x.D_w - x.shift)
+    r_l = args.beta * (x.D_l - x.shift)
+    return -F.logsigmoid(r_w) - F.logsigmoid(-r_l)
+
+
+def sppo(x, args):
+    """each log-ratio regressed on ±1/(2β) (Wu et al. 2024, arXiv 2405.00675, hard labels)
+
+    Token sums. One step of self-play; the data should come from π_ref.
+    """
+    target = 1 / (2 * args.beta)
+    return (x.D_w - target).square() + (x.D_l + target).square()
+
+
+def apo_zero(x, args):
+    """chosen up, rejected down, each by itself (D'Oosterlinck et al. 2024, arXiv 2408.06266)
+
+    Token sums. 1 − σ(r_w) + σ(r_l). For chosen completions better than the policy's own.
+    """
+    return 1 - torch.sigmoid(args.beta * x.D_w) + torch.sigmoid(args.beta * x.D_l)
+
+
+def apo_down(x, args):
+    """both down, rejected further (as apo-zero)
+
+    Token sums. σ(r_w) + 1 − σ(βh). For chosen completions worse than the policy's own.
+    """
+    return torch.sigmoid(args.beta * x.D_w) + 1 - torch.sigmoid(args.beta * x.h)
+
+
+def distill(x, args):
+    """(βh − (r_1 − r_2))², regression on a reward model's difference (arXiv 2405.19316)   (13)
+
+    Token sums. Its minimum is (3) with the reward model's r.  REBEL (arXiv 2404.16767) is this with
+    π_ref replaced by the policy of the step before, on its own samples.
+    """
+    return (args.beta * x.h - x.margin).square()
+
+
+def plackett_luce(x, args):
+    """a ranked list as successive choices of the best that is left, r = βD (Plackett 1975)
+
+    Token sums; for K = 2 it is dpo. Σ_k [ log Σ_{j = k or worse than k} e^{r_j} − r_k ] → (K,)
+    """
+    r = args.beta * x.D                                                          # (K,)
+    worse = torch.eye(len(r), dtype=torch.bool, device=r.device)
+    worse[x.chosen, x.rejected] = True                                           # (K, K)
+    left = r[None].expand(len(r), -1).masked_fill(~worse, -math.inf)
+    return left.logsumexp(1) - r
+
+
+# Single labelled completions.
+
+def kto(x, args):
+    """good and bad completions, each against the KL z₀ (Ethayarajh et al. 2024, arXiv 2402.01306)
+
+    Token sums. λ_D (1 − σ(β(D − z₀))) where good, λ_U (1 − σ(β(z₀ − D))) where bad; z₀ estimates
+    KL(π‖π_ref) from mismatched pairs, see mismatch(). → (K,)
+    """
+    good = args.desirable_weight * torch.sigmoid(-args.beta * (x.D - x.shift))
+    bad = args.undesirable_weight * torch.sigmoid(args.beta * (x.D - x.shift))
+    return torch.where(x.label, good, bad)
+
+
+# Without a reference: x.D is log π(y|x).
+
+def simpo(x, args):
+    """log-probs per token, with a target margin (Meng et al. 2024, arXiv 2405.14734, eq. 6)
+
+    Token means. −log σ(β (log π_w/n_w − log π_l/n_l) − γ), γ absolute (others give γ/β). β 2 to 10.
+    """
+    return -F.logsigmoid(args.beta * (x.D_w / x.n_w - x.D_l / x.n_l) - args.gamma)
+
+
+def orpo(x, args):
+    """SFT and the odds of chosen against rejected (Hong et al. 2024, arXiv 2403.07691, eq. 6–7)
+
+    Token means. −m_w − β log σ(log odds_w − log odds_l), m = log π/n, odds = e^m/(1 − e^m); the SFT
+    term is of the completion alone. β is its λ, 0.1 to 1.
+    """
+    m_w = x.D_w / x.n_w
+    m_l = x.D_l / x.n_l
+    log_odds = (m_w - log_1_minus_exp(m_w)) - (m_l - log_1_minus_exp(m_l))
+    return -m_w - args.beta * F.logsigmoid(log_odds)
+
+
+def log_1_minus_exp(m):
+    """log(1 − e^m) for m ≤ 0, stable at both ends; just below 0 where m = 0, so that it is
+    finite."""
+    m = m.clamp(max=-1e-6)
+    return torch.where(m > -math.log(2), torch.log(-torch.expm1(m)), torch.log1p(-m.exp()))
+
+
+def cpo(x, args):
+    """dpo with a uniform reference (Xu et al. 2024, arXiv 2401.08417); --sft-coef is its NLL term
+
+    Token sums. −log σ(β (log π_w − log π_l)) + NLL, per token as in its code.
+    """
+    return -F.logsigmoid(args.beta * x.h)
+
+
+def slic(x, args):
+    """max(0, γ − log π_w + log π_l) (Zhao et al. 2023, arXiv 2305.10425); --sft-coef regularises
+
+    Token sums, γ is its δ.
+    """
+    return F.relu(args.gamma - x.h)
 
 
 def sft(x, args):
@@ -222,62 +467,81 @@ def sft(x, args):
 class Loss(NamedTuple):
     """A row of LOSSES: the function, and what the loop must know of it."""
     function: Callable        # (Completions, args) → losses of pairs (M,) or completions (K,)
-    gives: tuple              # formats it can use, by what they give: see common.FORMATS
-    per: str                  # the sum over a step is divided by its "prompts" or its "tokens"
-    reference: bool           # whether it needs log π_ref
-    reads: tuple              # the flags that change it; another one is refused
-    at_start: Callable        # args → its value where π = π_ref, None where that depends
+    flags: dict               # the flags that it reads, with their defaults; any other is refused
+    gives: tuple = ("pair", "list")      # formats it can use, by what they give: see common.FORMATS
+    per: str = "pair"         # "pair": weighted by 1 / pairs of the prompt; "completion"; or "token"
+    reference: bool = True    # whether it needs log π_ref
+    shift: str = ""           # x.shift is a "running" mean, or of "mismatched" completions
 
 
-def log_2(args):
-    return math.log(2)
-
-
-def unknown(args):
-    return None
-
-
+FREE = {"beta": 0.1, "sft_coef": 0.0}                    # without a reference
+PAIRED = FREE | {"ref_model": None}
+NOISY = PAIRED | {"label_smoothing": 0.0}                # reads p, also of the column p_chosen
+REWARDED = PAIRED | {"reward_model": None, "reward_temperature": 1.0}
+WEIGHTS = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
 LOSSES = {
-    "dpo": Loss(
-        dpo, gives=("pair", "list"), per="prompts", reference=True,
-        reads=("beta", "label_smoothing", "sft_coef", "ref_model"), at_start=log_2),
-    "sft": Loss(
-        sft, gives=("pair", "label", "response"), per="tokens", reference=False,
-        reads=(), at_start=unknown),
+    "dpo": Loss(dpo, NOISY),
+    "robust": Loss(robust, NOISY),
+    "ipo": Loss(ipo, PAIRED | {"ipo_normalise": "sum"}),
+    "hinge": Loss(hinge, PAIRED),
+    "dpop": Loss(dpop, PAIRED | {"dpop_lambda": 50.0}),
+    "rdpo": Loss(rdpo, PAIRED | {"length_penalty": 0.01}),
+    "dpo-norm": Loss(dpo_norm, PAIRED | {"beta": 5.0}),
+    "exo": Loss(exo, NOISY),
+    "nca": Loss(nca, PAIRED),
+    "bco": Loss(bco, PAIRED, shift="running"),
+    "sppo": Loss(sppo, PAIRED),
+    "apo-zero": Loss(apo_zero, PAIRED),
+    "apo-down": Loss(apo_down, PAIRED),
+    "soft": Loss(dpo, REWARDED, gives=("pair",)),
+    "distill": Loss(distill, REWARDED, gives=("pair",)),
+    "plackett-luce": Loss(plackett_luce, {"beta": 0.1, "ref_model": None}, per="completion"),
+    "kto": Loss(
+        kto, WEIGHTS | {"beta": 0.1, "ref_model": None}, gives=("label", "pair"),
+        per="completion", shift="mismatched"),
+    "simpo": Loss(simpo, FREE | {"beta": 2.0, "gamma": 1.0}, reference=False),
+    "orpo": Loss(orpo, {"beta": 0.1}, reference=False),
+    "cpo": Loss(cpo, FREE | {"sft_coef": 1.0}, reference=False),
+    "slic": Loss(slic, {"gamma": 1.0, "sft_coef": 0.1}, reference=False),
+    "sft": Loss(sft, {}, gives=("pair", "label", "response"), per="token", reference=False),
 }
 
 
 def normaliser(groups, args):
-    """What the sum of the losses of a step is divided by, counted over the whole step."""
-    if LOSSES[args.loss].per == "tokens":
+    """What the losses of a step are divided by, counted over all of it: its tokens or prompts."""
+    if LOSSES[args.loss].per == "token":
         return sum(len(ids) for g in groups for ids in g.completion_ids)
     return len(groups)
 
 
-def micro_loss(logps, ref_logps, groups, args):
+def micro_loss(logps, ref_logps, shift, groups, args):
     """Log-probs of a micro-batch → (sum of its losses, Counter of metric sums).
 
-    logps: (K,) as completion_logps() gives them; ref_logps: (N,) the column of all completions. The
-    caller divides by counts of the whole step: nothing here divides by a number of the micro-batch,
-    so how a step is cut into micro-batches does not change its gradient.
+    logps: (K,) as completion_logps() gives them; ref_logps: (N,) the column of all completions;
+    shift: the baseline of the step. The caller divides by counts of the whole step: nothing here
+    divides by a number of the micro-batch, so how a step is cut does not change its gradient.
     """
     loss = LOSSES[args.loss]
     index = [i for g in groups for i in g.index]
     lengths = [len(ids) for g in groups for ids in g.completion_ids]
-    pairs = compare(groups, args.label_smoothing, logps.device)
+    good = [g.scores == [1] for g in groups for _ in g.completion_ids]
+    pairs = compare(groups, args.label_smoothing or 0.0, logps.device)
     x = Completions(
         policy=logps,
         ref=ref_logps[index].to(logps.device),
         length=torch.tensor(lengths, device=logps.device),
+        label=torch.tensor(good, device=logps.device),
         chosen=pairs.better,
         rejected=pairs.worse,
         p=pairs.p,
-        weight=pairs.weight)
+        margin=pairs.margin,
+        weight=pairs.weight,
+        shift=shift)
 
     losses = loss.function(x, args)                                              # (M,) or (K,)
     if args.sft_coef:
-        losses = losses - args.sft_coef * x.policy[x.chosen] / x.length[x.chosen]   # (10)
-    weight = x.weight if loss.per == "prompts" else torch.ones_like(losses)
+        losses = losses - args.sft_coef * x.policy[x.chosen] / x.n_w             # (M,)  (10)
+    weight = x.weight if loss.per == "pair" else torch.ones_like(losses)
     sums = measure(x, losses.detach(), weight, args)
     return (losses * weight).sum(), sums
 
@@ -286,14 +550,18 @@ def micro_loss(logps, ref_logps, groups, args):
 def measure(x, losses, weight, args):
     """Sums of the metrics over some groups, each prompt counting as one → Counter."""
     sums = Counter(loss=(losses * weight).double().sum().item())
-    if not LOSSES[args.loss].reference:
-        sums["logps/chosen"] = x.policy.double().sum().item()
+    rewards = (args.beta or 1.0) * x.D                                           # (K,)
+    if len(x.chosen) == 0:               # single completions: the good count as chosen
+        for name, these in (("chosen", x.label), ("rejected", ~x.label)):
+            sums[f"count/{name}"] = these.sum().item()
+            sums[f"logps/{name}"] = x.policy[these].double().sum().item()
+            sums[f"rewards/{name}"] = rewards[these].double().sum().item()
         return sums
-    rewards = args.beta * x.log_ratio                                            # (K,)
+
     chosen = rewards[x.chosen]                                                   # (M,)
     rejected = rewards[x.rejected]                                               # (M,)
     margin = chosen - rejected
-    tie = args.beta * 1e-3                               # float32 rounding of sums of hundreds
+    tie = (args.beta or 1.0) * 1e-3                      # float32 rounding of sums of hundreds
     sign = torch.where(margin.abs() > tie, margin.sign(), 0)
     values = {
         "logps/chosen": x.policy[x.chosen],
@@ -301,61 +569,216 @@ def measure(x, losses, weight, args):
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margin,
-        "rewards/accuracies": 0.5 * (1 + sign),          # ties count half
-        "chosen_fell": (chosen < -tie).float()}
+        "rewards/accuracies": 0.5 * (1 + sign)}          # ties count half
+    if LOSSES[args.loss].reference:
+        values["chosen_fell"] = (chosen < -tie).float()
     for name, value in values.items():
         sums[name] = (value * x.weight).double().sum().item()
     return sums
 
 
 def means(sums, groups, args):
-    """Sums over a whole step or split → means: the loss by its normaliser, all else per prompt."""
-    result = {name: value / len(groups) for name, value in sums.items()}
+    """Sums over a whole step or split → means: the loss by its normaliser, all else per prompt; of
+    single completions per good and per bad one, absent where there is none."""
+    result = {}
+    for name, value in sums.items():
+        count = sums.get(f"count/{name.split('/')[-1]}", len(groups))
+        if count and not name.startswith("count/"):
+            result[name] = value / count
     result["loss"] = sums["loss"] / normaliser(groups, args)
     return result
 
 
-def reference_logps(model, groups, args, autocast):
-    """log π_ref of every completion: (N,), and the file of --output-dir in which it is kept.
+# --- labels and baselines -------------------------------------------------------------------------
 
-    The file's name is a hash of all that the numbers depend on: config and weights of the
-    reference, every token id (so tokeniser, template, lengths and rows), and the dtype.
+def prepare(groups, account, args, device=None):
+    """What --loss makes of the rows before they are tokenised → groups."""
+    loss = LOSSES[args.loss]
+    common.read_soft_labels(groups, args.label_smoothing)
+    soft = [g for g in groups if g.p_chosen is not None]
+    if "reward_model" in loss.flags:
+        label_by_reward(groups, args, device)
+    elif soft and "label_smoothing" not in loss.flags:
+        print(f"  --loss {args.loss} does not read the column p_chosen of {len(soft):,} rows")
+    elif args.loss == "robust" and any(g.p_chosen == 0.5 for g in soft):
+        fail(f"{account.source}: --loss robust divides by 2 p_chosen − 1, which is 0 in a row.")
+
+    if args.loss == "sft":
+        kept = [g for g in groups if g.scores != [0]]    # no use for a bad completion …
+        if len(kept) < len(groups):
+            account.dropped["with label false"] = len(groups) - len(kept)
+        for g in kept:
+            del g.completions[1:], g.scores[1:]          # … nor for the rejected one
+        return kept
+    if args.loss == "kto":
+        singles = []
+        for g in groups:
+            for text, score in zip(g.completions, g.scores):
+                singles.append(replace(g, completions=[text], scores=[score]))
+        good = sum(g.scores == [1] for g in singles)
+        if 0 < good < len(singles):
+            ratio = (len(singles) - good) / good
+            print(f"  {good:,} good and {len(singles) - good:,} bad completions: the paper wants "
+                  f"λ_D/λ_U in [{ratio:.2f}, {4 / 3 * ratio:.2f}] (--desirable-weight, "
+                  "--undesirable-weight)")
+        return singles
+    return groups
+
+
+def label_by_reward(groups, args, device):
+    """p_chosen and margin of every pair from two rewards, the better completion first.  (12)
+
+    The rewards are those of --reward-model, or the columns score_chosen and score_rejected; for
+    soft the column p_chosen serves, too.
     """
-    parts = [common.model_fingerprint(model), common.data_fingerprint(groups), args.dtype]
-    parts.append(next(model.parameters()).device.type)
+    scores = None
+    if args.reward_model:
+        scores = score_rows(groups, args, device).tolist()
+    for i, g in enumerate(groups):
+        if scores:
+            first, second = scores[2 * i:2 * i + 2]
+        elif g.row.get("score_chosen") not in (None, ""):
+            first = common.number(g.row, "score_chosen", g.where)
+            second = common.number(g.row, "score_rejected", g.where)
+        elif args.loss == "soft" and g.p_chosen is not None:
+            continue
+        else:
+            fail(f"{g.where}: --loss {args.loss} needs rewards: --reward-model DIR, or the columns "
+                 "score_chosen and score_rejected that score.py --output writes.")
+        if first < second:
+            g.completions.reverse()
+        g.margin = abs(first - second) / args.reward_temperature
+        g.p_chosen = 1 / (1 + math.exp(-min(g.margin, 700)))
+
+
+def score_rows(groups, args, device):
+    """The scores of --reward-model, which has its own tokeniser and template: (2 · rows,)."""
+    encoder = common.load_encoder(args.reward_model, chat=args.chat, flag="--reward-model")
+    model = common.load_reward_model(args.reward_model, encoder, device)
+    copies = [encoder(replace(g)) for g in groups]
+    for g in copies:
+        if len(g.prompt_ids) + max(map(len, g.completion_ids)) > encoder.max_positions:
+            fail(f"{g.where}: longer than the {encoder.max_positions} positions of --reward-model "
+                 f"{args.reward_model}; leave the row out.")
+    packed = common.can_pack(model, copies, reward_scores)
+    autocast = common.pick_autocast(args.dtype, device)
+    return for_all(
+        reward_scores, model, copies, args.micro_batch_tokens, packed, autocast, "label pairs")
+
+
+def mismatch(groups, max_length, seed):
+    """For every prompt a completion that belongs to another one, to estimate KL(π‖π_ref) for kto.
+
+    The paper rotates the completions of a batch; rotated here are those of a shuffle of all rows,
+    so neither the order of the file nor the batch size matters, and π_ref is measured beforehand.
+    """
+    order = list(range(len(groups)))
+    random.Random(f"{seed} mismatch").shuffle(order)
+    others = [None] * len(groups)
+    for place, i in enumerate(order):
+        turned = order[place + 1:] + order[:place]
+        foreign = [j for j in turned[:1000] if groups[j].prompt_ids != groups[i].prompt_ids]
+        if not foreign:
+            fail("--loss kto needs completions of two different prompts, and all rows have one.")
+        ids = groups[foreign[0]].completion_ids[0][:max_length - len(groups[i].prompt_ids)]
+        others[i] = replace(groups[i], completion_ids=[ids], scores=[])
+    return others
+
+
+def reference_logps(model, groups, held_out, args, autocast):
+    """What is measured once, at the start → tensors, and the file of --output-dir that keeps them.
+
+    logps (N,): log π_ref of every completion, 0 for a loss without reference.
+    tokens (T,): that of every token of the held-out completions, of whose change the evaluation
+    tells. The file's name is a hash of all that the numbers depend on: config and weights of the
+    model, every token id (so tokeniser, template, lengths and rows), the dtype.
+    """
+    reference = LOSSES[args.loss].reference
+    parts = [common.model_fingerprint(model), common.data_fingerprint(groups + held_out)]
+    parts += [args.dtype, next(model.parameters()).device.type, str(reference)]
     name = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     file = Path(args.output_dir) / "ref_logps" / f"{name}.safetensors"
     if file.exists():
         print(f"reference log-probs: read from {file}")
-        return load_file(file)["logps"], file
+        return load_file(file), file
+
     packed = common.can_pack(model, groups)
-    logps = for_all(
-        completion_logps, model, groups, args.micro_batch_tokens, packed, autocast,
-        "reference log-probs")
-    return logps, file
+    budget = args.micro_batch_tokens
+    logps = torch.zeros(sum(len(g.completion_ids) for g in groups))
+    tokens = torch.zeros(0)
+    if reference:
+        logps = for_all(
+            completion_logps, model, groups, budget, packed, autocast, "reference log-probs")
+    if held_out:
+        tokens = for_all(
+            token_logps, model, held_out, budget, packed, autocast, "held-out log-probs")
+    return {"logps": logps, "tokens": tokens}, file
 
 
 # --- evaluation -----------------------------------------------------------------------------------
 
-def evaluate(policy, encoder, groups, ref_logps, args, packed, autocast, show=0):
-    """Exact means over all held-out groups (never a mean of batch means), and samples."""
-    logps = for_all(
-        completion_logps, policy, groups, args.micro_batch_tokens, packed, autocast, "evaluate")
-    sums = micro_loss(logps, ref_logps, groups, args)[1]
+def change(groups, now, start):
+    """How the log-probs of the held-out chosen completions moved since the start.
+
+    now, start: (T,) per token. Where both log-probs fall, it is mostly the opening phrase that
+    does.
+    """
+    first = 5                                            # tokens of the opening phrase
+    lengths = torch.tensor([len(ids) for g in groups for ids in g.completion_ids])
+    opening = []
+    for part in (now - start).split(lengths.tolist()):
+        opening.append(torch.stack([part[:first].sum(), part[first:].sum()]))
+    opening, rest = torch.stack(opening).T               # (N,) each
+    best = []
+    row = 0
+    for g in groups:
+        best.append(row + max(range(len(g.completion_ids)), key=lambda k: (g.scores or [1])[k]))
+        row += len(g.completion_ids)
+    best = [i for i, g in zip(best, groups) if g.scores != [0]]
+    if not best:
+        return {}
+
+    total = (opening + rest)[best]
+    length = lengths[best]
+    median = length.float().median()
+    result = {"chosen_change": total.mean().item()}
+    for name, these in (("short", length <= median), ("long", length > median)):
+        if these.any():
+            result[f"chosen_change_{name}"] = total[these].mean().item()
+    result["chosen_fell"] = (total < -1e-3).double().mean().item()
+    result["chosen_fell_opening"] = (opening[best] < -1e-3).double().mean().item()
+    if (length > first).any():
+        result["chosen_fell_rest"] = (rest[best][length > first] < -1e-3).double().mean().item()
+    return result
+
+
+def evaluate(model, encoder, groups, start, shift, args, packed, autocast, show=0, moved=True):
+    """Exact means over all held-out groups (never a mean of batch means), and samples.
+
+    start: what reference_logps() gives. moved: False at step 0, where the KL is 0.
+    """
+    tokens = for_all(
+        token_logps, model, groups, args.micro_batch_tokens, packed, autocast, "evaluate")
+    lengths = torch.tensor([len(ids) for g in groups for ids in g.completion_ids])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    logps = common.sum_by(tokens, owner, len(lengths))
+    sums = micro_loss(logps, start["logps"], shift, groups, args)[1]
     result = means(sums, groups, args) | {"n": len(groups)}
+    result |= change(groups, tokens, start["tokens"])
     if "rewards/accuracies" in result:
         accuracy = result["rewards/accuracies"]
         result["accuracy_se"] = math.sqrt(accuracy * (1 - accuracy) / len(groups))
-    result |= sample_answers(policy, encoder, groups, args, autocast, show)
+    result |= sample_answers(model, encoder, groups, args, packed, autocast, show, moved)
     return {f"eval/{name}": value for name, value in result.items()}
 
 
-def sample_answers(policy, encoder, groups, args, autocast, show):
-    """Samples for held-out prompts; where rows have an `answer`, the fraction that equals it."""
+def sample_answers(model, encoder, groups, args, packed, autocast, show, moved):
+    """Samples for held-out prompts: their KL from the reference, and where rows have an `answer`,
+    the fraction that equals it."""
     by_prompt = {tuple(g.prompt_ids): g for g in groups}                         # each prompt once
     asked = list(by_prompt.values())
     with_answer = [g for g in asked if isinstance(g.row.get("answer"), (str, int, float))]
-    asked = with_answer[:args.eval_samples] or asked[:min(show, args.eval_samples)]
+    asked = (with_answer or asked)[:args.eval_samples]
     longest = max(len(ids) for g in groups for ids in g.completion_ids)
     room = encoder.max_positions - max((len(g.prompt_ids) for g in asked), default=0)
     if not asked or room <= 0:
@@ -365,17 +788,34 @@ def sample_answers(policy, encoder, groups, args, autocast, show):
     limit = int(min(2 * longest, 256, room))
     with autocast:
         samples = common.sample(
-            policy, prompts, 1, limit, encoder.stops, seed=args.seed, progress="sample")
+            model, prompts, 1, limit, encoder.stops, seed=args.seed, progress="sample")
     texts = [encoder.decode(s.ids).strip() for s in samples]
     for g, s, text in list(zip(asked, samples, texts))[:show]:
         note = "" if s.ended else "  (truncated)"
         tqdm.write(f"  {encoder.text(g.prompt_ids)[-80:]!r} ▸ {text[:200]!r}{note}")
-    if not with_answer:
-        return {}
-    answers = [str(g.row["answer"]).strip() for g in asked]
-    correct = sum(text == answer for text, answer in zip(texts, answers)) / len(asked)
-    error = math.sqrt(correct * (1 - correct) / len(asked))
-    return {"right": correct, "right_se": error, "right_n": len(asked)}
+
+    result = {"kl": 0.0}
+    if moved or args.ref_model:
+        own = [replace(g, completion_ids=[s.ids]) for g, s in zip(asked, samples)]
+        result = own_kl(model, encoder, own, args, packed, autocast)
+    if with_answer:
+        answers = [str(g.row["answer"]).strip() for g in asked]
+        correct = sum(text == answer for text, answer in zip(texts, answers)) / len(asked)
+        error = math.sqrt(correct * (1 - correct) / len(asked))
+        result |= {"right": correct, "right_se": error, "right_n": len(asked)}
+    return result
+
+
+def own_kl(model, encoder, own, args, packed, autocast):
+    """KL(π‖π_ref) per completion, from the policy's own samples; the reference is loaded for it."""
+    device = next(model.parameters()).device
+    budget = args.micro_batch_tokens
+    ours = for_all(completion_logps, model, own, budget, packed, autocast, "KL")
+    reference = common.load_model(args.ref_model or args.model, encoder, device, "--ref-model")
+    theirs = for_all(completion_logps, reference, own, budget, packed, autocast, "KL")
+    ratio = (ours - theirs).double()
+    error = ratio.std(correction=1).item() / math.sqrt(len(ratio)) if len(ratio) > 1 else math.inf
+    return {"kl": ratio.mean().item(), "kl_se": error}
 
 
 def eval_line(step, result, expected=None):
@@ -389,7 +829,10 @@ def eval_line(step, result, expected=None):
         line += f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} %"
         line += f" of {r['n']} pairs, margin {margin:.3f}"
         line += f", log π chosen {r['logps/chosen']:.2f} rejected {r['logps/rejected']:.2f}"
+    if "chosen_fell" in r:
         line += f", chosen fell in {100 * r['chosen_fell']:.0f} %"
+    if "kl" in r:
+        line += f", KL {r['kl']:.2f}"
     if "right" in r:
         line += f", correct samples {100 * r['right']:.1f} ± {100 * r['right_se']:.1f} %"
         line += f" of {r['right_n']}"
@@ -409,16 +852,18 @@ def lr_at(step, steps, args):
     return args.learning_rate * decay[args.lr_schedule]
 
 
-def save_checkpoint(out, model, optimizer, step):
+def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
-    No random state is kept: every random draw is a function of the seed and the step. The
-    checkpoint before this one stays too.
+    extra: name → number, what the loop remembers besides. No random state is kept: every random
+    draw is a function of the seed and the step. The checkpoint before this one stays too.
     """
     state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
             state[f"adamw {i} {name}"] = value.contiguous()
+    for name, value in extra.items():
+        state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
     before = common.newest_checkpoint(out)[1]
@@ -429,19 +874,24 @@ def save_checkpoint(out, model, optimizer, step):
 
 
 def load_checkpoint(out, model, optimizer):
-    """Restores model and optimizer from the newest checkpoint of a run directory."""
+    """Restores model and optimizer from the newest checkpoint of a run directory → extra."""
     file = common.newest_checkpoint(out)[1]
     with common.failing(f"--resume: the checkpoint {file} cannot be read"):
         state = load_file(file)
     moments = {}
+    extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this model"), torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(state.pop(f"weight {name}").view(p.shape))
         for key, value in state.items():
-            _, i, name = key.split(" ")
-            moments.setdefault(int(i), {})[name] = value
+            kind, *i, name = key.split(" ")
+            if kind == "extra":
+                extra[name] = value.item()
+            else:
+                moments.setdefault(int(*i), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return extra
 
 
 # --- end shared ---
@@ -455,40 +905,35 @@ def main(argv=None):
     loss = LOSSES[args.loss]
     usable = [name for name, row in FORMATS.items() if row.gives in loss.gives]
 
-    def prepare(groups, account):
-        """What this loss makes of the rows, before they are tokenised."""
-        common.read_soft_labels(groups, args.label_smoothing)
-        if loss.reference:
-            return groups
-        kept = [g for g in groups if g.scores != [0]]    # sft has no use for a bad completion …
-        if len(kept) < len(groups):
-            account.dropped["with label false"] = len(groups) - len(kept)
-        for g in kept:
-            del g.completions[1:], g.scores[1:]          # … nor for the rejected one
-        return kept
-
     # --- shared: setup ---
     device = common.pick_device(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     encoder = common.load_encoder(args.model, args.chat_template, args.chat)
     max_length = common.fitting_length(args, encoder)
     # --- end shared ---
-    train, held_out = common.load_data(args, encoder, usable, max_length, prepare)
+
+    def prepare_rows(groups, account):
+        return prepare(groups, account, args, device)
+
+    train, held_out = common.load_data(args, encoder, usable, max_length, prepare_rows)
+    every = train + held_out
+    others = []
+    if loss.shift == "mismatched":
+        others = mismatch(every, max_length, args.seed)
+        common.number_completions(every + others)
 
     # The reference is measured before the policy is loaded, or is the policy: never two in memory.
-    every = train + held_out
-    ref_logps = torch.full((sum(len(g.completion_ids) for g in every),), math.nan)           # (N,)
-    ref_file = None
+    begin = None
     if args.ref_model:
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
         reference = common.load_model(args.ref_model, encoder, device, "--ref-model")
-        ref_logps, ref_file = reference_logps(reference, every, args, autocast)
+        begin, begin_file = reference_logps(reference, every + others, held_out, args, autocast)
         del reference
     model = common.load_model(args.model, encoder, device)
     packed = common.can_pack(model, train)
-    if loss.reference and not args.ref_model:
-        ref_logps, ref_file = reference_logps(model, every, args, autocast)
+    if begin is None:
+        begin, begin_file = reference_logps(model, every + others, held_out, args, autocast)
 
     # --- shared: open the run ---
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
@@ -498,20 +943,35 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
-    if start:
-        load_checkpoint(out, model, optimizer)
+    extra = load_checkpoint(out, model, optimizer) if start else {}
     common.describe_run(model, train, held_out, plan, args, packed)
     # --- end shared ---
-    if ref_file and not ref_file.exists():
-        common.save_tensors({"logps": ref_logps}, ref_file)
+    if not begin_file.exists():
+        common.save_tensors(begin, begin_file)
+    ref_logps = begin["logps"]
+
+    def baseline(groups):
+        """x.shift: of the log-ratios of these groups, in nats."""
+        if loss.shift != "mismatched":
+            return extra.get("shift", 0.0)
+        foreign = [others[g.index[0]] for g in groups]
+        budget = args.micro_batch_tokens
+        logps = for_all(completion_logps, model, foreign, budget, packed, autocast, "")
+        ref = ref_logps[[g.index[0] for g in foreign]]
+        return max(0.0, (logps - ref).mean().item())     # no KL is negative, an estimate may be
 
     def look(step, show=0):
         """Evaluates after `step` updates, for metrics.jsonl and the terminal."""
-        result = evaluate(model, encoder, held_out, ref_logps, args, packed, autocast, show)
+        shift = baseline(held_out)
+        result = evaluate(
+            model, encoder, held_out, begin, shift, args, packed, autocast, show, moved=step > 0)
         log(out, step, result)
-        # Another reference or an SFT term moves the loss of step 0 away from what theory says.
-        as_theory_says = step == 0 and not args.ref_model and not args.sft_coef
-        tqdm.write(eval_line(step, result, loss.at_start(args) if as_theory_says else None))
+        expected = None                                  # the loss where π = π_ref
+        if step == 0 and loss.reference and not args.ref_model:
+            ref = ref_logps[[i for g in held_out for i in g.index]]
+            sums = micro_loss(ref, ref_logps, 0.0, held_out, args)[1]
+            expected = means(sums, held_out, args)["loss"]
+        tqdm.write(eval_line(step, result, expected))
 
     # --- shared: before the loop ---
     def due(step):
@@ -531,6 +991,7 @@ def main(argv=None):
         began = time.perf_counter()
         groups = [train[i] for i in plan[step]]
         sums = Counter()
+        shift = baseline(groups)
 
         # The gradient of the whole step, summed over micro-batches (memory, not statistics).
         optimizer.zero_grad(set_to_none=True)
@@ -538,7 +999,7 @@ def main(argv=None):
             with autocast:
                 batch = common.lay_out(model, micro, packed)
                 logps = completion_logps(model, batch)                          # (K,)
-            part, part_sums = micro_loss(logps, ref_logps, micro, args)
+            part, part_sums = micro_loss(logps, ref_logps, shift, micro, args)
             (part / normaliser(groups, args)).backward()
             sums.update(part_sums)
 
@@ -547,7 +1008,7 @@ def main(argv=None):
         bound = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
         if not torch.isfinite(grad_norm):
-            save_checkpoint(out, model, optimizer, step)
+            save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
                  "state before it is saved: --resume with a lower --lr goes on from there.")
         for g in optimizer.param_groups:
@@ -561,6 +1022,9 @@ def main(argv=None):
         tokens = sum(g.tokens() for g in groups)
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
         shown = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
+        if loss.shift == "running":                      # kept in the checkpoint
+            mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / (2 * args.beta)
+            extra["shift"] = 0.9 * extra.get("shift", 0.0) + 0.1 * mean
 
         # --- shared: log ---
         log(out, step + 1, metrics)
@@ -572,7 +1036,7 @@ def main(argv=None):
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
         if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
-            save_checkpoint(out, model, optimizer, step + 1)
+            save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)

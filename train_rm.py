@@ -413,16 +413,18 @@ def lr_at(step, steps, args):
     return args.learning_rate * decay[args.lr_schedule]
 
 
-def save_checkpoint(out, model, optimizer, step):
+def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
-    No random state is kept: every random draw is a function of the seed and the step. The
-    checkpoint before this one stays too.
+    extra: name → number, what the loop remembers besides. No random state is kept: every random
+    draw is a function of the seed and the step. The checkpoint before this one stays too.
     """
     state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
             state[f"adamw {i} {name}"] = value.contiguous()
+    for name, value in extra.items():
+        state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
     before = common.newest_checkpoint(out)[1]
@@ -433,19 +435,24 @@ def save_checkpoint(out, model, optimizer, step):
 
 
 def load_checkpoint(out, model, optimizer):
-    """Restores model and optimizer from the newest checkpoint of a run directory."""
+    """Restores model and optimizer from the newest checkpoint of a run directory → extra."""
     file = common.newest_checkpoint(out)[1]
     with common.failing(f"--resume: the checkpoint {file} cannot be read"):
         state = load_file(file)
     moments = {}
+    extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this model"), torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(state.pop(f"weight {name}").view(p.shape))
         for key, value in state.items():
-            _, i, name = key.split(" ")
-            moments.setdefault(int(i), {})[name] = value
+            kind, *i, name = key.split(" ")
+            if kind == "extra":
+                extra[name] = value.item()
+            else:
+                moments.setdefault(int(*i), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return extra
 
 
 # --- end shared ---
@@ -498,8 +505,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
-    if start:
-        load_checkpoint(out, model, optimizer)
+    extra = load_checkpoint(out, model, optimizer) if start else {}
     common.describe_run(model, train, held_out, plan, args, packed)
     # --- end shared ---
 
@@ -552,7 +558,7 @@ def main(argv=None):
         bound = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
         if not torch.isfinite(grad_norm):
-            save_checkpoint(out, model, optimizer, step)
+            save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
                  "state before it is saved: --resume with a lower --lr goes on from there.")
         for g in optimizer.param_groups:
@@ -577,7 +583,7 @@ def main(argv=None):
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
         if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
-            save_checkpoint(out, model, optimizer, step + 1)
+            save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)

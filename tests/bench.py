@@ -107,7 +107,7 @@ def floor(a):
         with autocast:
             batch = common.lay_out(model, micro, True)
             values = (common.reward_scores if a.what == "rm" else common.completion_logps)(model, batch)
-        return script.micro_loss(values, *([ref_logps] if a.what == "dpo" else []), micro, args)[0]
+        return script.micro_loss(values, *([ref_logps, 0.0] if a.what == "dpo" else []), micro, args)[0]
 
     def clock():
         if device.type == "cuda":

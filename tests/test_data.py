@@ -138,6 +138,7 @@ BROKEN = {                                                   # name: (bytes, wor
     "d.json": (b'[{"prompt": "a"}, "b"]', ["row 2", "str"]),
     "e.csv": (b'prompt,chosen,rejected\na,b,c\na,b\n', ["line 3", "3 fields"]),
     "f.csv": (b'prompt,chosen,rejected\na,b,c\na,b,c,d\n', ["line 3", "3 fields"]),
+    "u.csv": (b'prompt,"chosen\na,b\n', ["line 1", "broken CSV"]),
     "g.csv": (b'prompt\na\n"never closed\nx\nx\n', ["line 3", "broken CSV"]),
     "h.jsonl.gz": (b'{"prompt": "a"}\n', ["cannot be read"]),
     "i.jsonl.gz": (BODY[:-20], ["cannot be read"]),
@@ -658,7 +659,8 @@ def test_a13_a14_truncation(overlong, prompt, completions, ended, why):
     for letter, n in zip("bc", completions):
         text = letter * 2 if n == 3 else "a" * 7 + letter + "e" * 20
         texts.append(text[:n - 1])
-    kept = tokenise([Group("", "p" * prompt, texts), Group("", "p", ["x", "y"])], account, encoder, 10, overlong)
+    groups = [Group("", "p" * prompt, texts, scores=[1, 0]), Group("", "p", ["x", "y"])]
+    kept = tokenise(groups, account, encoder, 10, overlong)
     assert len(kept) == account.kept == 1 + (why is None) and account.dropped == ({why: 1} if why else {})
     truncated = int(ended is not None and not all(ended))
     assert f"2 rows of format 'pair', kept {len(kept)}, truncated {truncated}, dropped {2 - len(kept)}" in str(account)
@@ -670,8 +672,9 @@ def test_a13_a14_truncation(overlong, prompt, completions, ended, why):
 
 
 def test_a15_different_texts_of_the_same_tokens_are_no_pair():
-    account = Account("d.jsonl", "pair", 2)
-    groups = [Group("", "p", ["é", "ü"]), Group("", "p", ["é", "y"])]         # both letters are unknown to it
+    account = Account("d.jsonl", "pair", 3)
+    groups = [Group("", "p", ["é", "ü"], scores=[1, 0]), Group("", "p", ["é", "y"], scores=[1, 0])]     # é, ü: <unk>
+    groups += [Group("", "p", ["x", "x"])]                   # samples: of them, none is said to be better
     kept = tokenise(groups, account, Encoder(letters()), 99)
     assert kept == groups[1:] and account.dropped == {"with completions of identical tokens": 1}
     assert account.truncated == 0
@@ -764,7 +767,7 @@ def test_a20_split_by_prompt(fraction, held_out):
     assert len(split_by_prompt(groups[:1] * 3, fraction, seed=0)[0]) == 3     # the only prompt is trained on
     assert len(names(rest)) == held_out and len(rest) == 3 * held_out and len(train) == 30 - len(rest)
     assert not names(train) & names(rest)
-    assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)       # whatever the order of the rows
+    assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)   # in any order
     by_seed = {str(sorted(names(split_by_prompt(groups, fraction, seed)[1]))) for seed in range(20)}
     assert held_out == 0 or len(by_seed) > 5
 

@@ -26,8 +26,9 @@ def pairs(policy_w, policy_l, ref_w, ref_l, p, lengths=None):
     """M pairs, each tensor (M,), as a loss sees them."""
     count = torch.arange(len(policy_w))
     length = torch.ones(2 * len(count)) if lengths is None else lengths
-    return Completions(torch.cat([policy_w, policy_l]), torch.cat([ref_w, ref_l]), length, count, count + len(count), p,
-                       torch.ones(len(count)))
+    label = torch.zeros(2 * len(count), dtype=torch.bool)
+    return Completions(torch.cat([policy_w, policy_l]), torch.cat([ref_w, ref_l]), length, label, count, count + len(count), p,
+                       torch.zeros(len(count)), torch.ones(len(count)))
 
 
 def golden(p=1.0):
@@ -199,7 +200,7 @@ def step_gradient(model, groups, args, budget):
     total = 0.0
     for micro in common.micro_batches(groups, budget):
         logps = common.completion_logps(model, common.lay_out(model, micro, True))
-        loss, _ = micro_loss(logps, REF_LOGPS, micro, args)
+        loss, _ = micro_loss(logps, REF_LOGPS, 0.0, micro, args)
         (loss / normaliser(groups, args)).backward()
         total += loss.item() / normaliser(groups, args)
     return total, [p.grad.clone() for p in model.parameters()]
@@ -273,8 +274,8 @@ def test_b6_every_option_changes_loss_and_gradient():
 def test_eq10_b7_sft_coef_zero_is_dpo_and_adds_the_mean_token_nll_of_chosen():
     _, groups = toy_groups()
     policy = torch.linspace(-9, -1, 16).requires_grad_()
-    loss = {c: micro_loss(policy, REF_LOGPS, groups, train_dpo.parse_args(["--sft-coef", str(c)]))[0] for c in (0.0, 0.5)}
-    assert torch.equal(loss[0.0], micro_loss(policy, REF_LOGPS, groups, train_dpo.parse_args([]))[0])
+    loss = {c: micro_loss(policy, REF_LOGPS, 0.0, groups, train_dpo.parse_args(["--sft-coef", str(c)]))[0] for c in (0.0, 0.5)}
+    assert torch.equal(loss[0.0], micro_loss(policy, REF_LOGPS, 0.0, groups, train_dpo.parse_args([]))[0])
     nll = sum(-policy[2 * i] / len(g.completion_ids[0]) for i, g in enumerate(groups))
     assert torch.allclose(loss[0.5] - loss[0.0], 0.5 * nll)
     assert torch.autograd.grad(loss[0.5], policy)[0][0::2].lt(0).all()                   # raising log π(chosen) lowers the loss
@@ -283,7 +284,7 @@ def test_eq10_b7_sft_coef_zero_is_dpo_and_adds_the_mean_token_nll_of_chosen():
 def test_b13_rewards_are_zero_and_accuracy_one_half_at_the_start():
     _, groups = toy_groups()
     args = train_dpo.parse_args([])
-    sums = micro_loss(REF_LOGPS, REF_LOGPS, groups, args)[1]
+    sums = micro_loss(REF_LOGPS, REF_LOGPS, 0.0, groups, args)[1]
     result = train_dpo.means(sums, groups, args)
     assert result["loss"] == pytest.approx(math.log(2)) and result["rewards/accuracies"] == 0.5
     assert result["rewards/margins"] == result["rewards/chosen"] == result["chosen_fell"] == 0
@@ -293,10 +294,10 @@ def test_d7_means_are_over_all_rows_not_over_micro_batches():
     _, groups = toy_groups()
     logps = torch.linspace(-9, -1, 16)
     args = train_dpo.parse_args([])
-    whole = train_dpo.means(micro_loss(logps, REF_LOGPS, groups, args)[1], groups, args)
+    whole = train_dpo.means(micro_loss(logps, REF_LOGPS, 0.0, groups, args)[1], groups, args)
     parts = Counter()
     for some in (slice(0, 1), slice(1, 8)):
-        parts.update(micro_loss(logps[2 * some.start:2 * some.stop], REF_LOGPS, groups[some], args)[1])
+        parts.update(micro_loss(logps[2 * some.start:2 * some.stop], REF_LOGPS, 0.0, groups[some], args)[1])
     assert {k: pytest.approx(v) for k, v in whole.items()} == train_dpo.means(parts, groups, args)
 
 
@@ -460,11 +461,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_state_before_it(str
     def spoil(*x, micro_loss=train_dpo.micro_loss):
         loss, sums = micro_loss(*x)
         calls.append(loss)
-        return (loss * math.nan if len(calls) == 6 else loss), sums
+        return (loss * math.nan if len(calls) == 7 else loss), sums
     calls = []
     monkeypatch.setattr(train_dpo, "micro_loss", spoil)
     with pytest.raises(SystemExit) as end:
-        run(tmp_path / "o", "--max-steps", 10)               # call 1 is the evaluation, so the 5th step
+        run(tmp_path / "o", "--max-steps", 10)               # calls 1 and 2 are the evaluation, so the 5th step
     said = capsys.readouterr().err
     assert end.value.code == 2 and "step 5" in said and "not finite" in said and "--resume" in said
     monkeypatch.undo()
@@ -476,9 +477,9 @@ def test_a_checkpoint_is_written_every_ten_minutes_unasked(tmp_path, monkeypatch
     monkeypatch.setattr(train_dpo, "SAVE_SECONDS", 0)
     steps = []
 
-    def note(out, model, optimizer, step, save=train_dpo.save_checkpoint):
+    def note(out, model, optimizer, step, extra, save=train_dpo.save_checkpoint):
         steps.append(step)
-        save(out, model, optimizer, step)
+        save(out, model, optimizer, step, extra)
     monkeypatch.setattr(train_dpo, "save_checkpoint", note)
     run(tmp_path / "o", "--max-steps", 3)
     assert steps == [1, 2, 3]
