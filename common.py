@@ -963,32 +963,46 @@ def assemble(rows, count, shared):
     """Lays out rows of Trees that hold K = count completions → Batch."""
     lengths = [sum(map(Tree.size, row)) for row in rows]
     width = max(lengths)
-    places = []                     # R·N times (id, position, tree, completion)
+    input_ids = []                                           # these four: all R·N places
+    positions = []
+    tree_of = []
+    branch = []
     read = [None] * count
     target = [None] * count
     last = [None] * count
+
     for row in rows:
         for t, tree in enumerate(row):
             past = len(tree.prompt)
-            end_of_prompt = len(places) + past - 1
+            end_of_prompt = len(input_ids) + past - 1
             for k, ids in [(-1, tree.prompt), *tree.completions]:
                 assert ids, "an empty prompt or completion: nothing predicts it"
-                first = len(places)
-                start = 0 if k < 0 else past
-                places += [(token, start + i, t, k) for i, token in enumerate(ids)]
                 if k >= 0:
                     # The prompt's last token predicts a completion's first, each token the next.
-                    read[k] = [end_of_prompt, *range(first, len(places) - 1)]
+                    first = len(input_ids)
+                    last[k] = first + len(ids) - 1
+                    read[k] = [end_of_prompt, *range(first, last[k])]
                     target[k] = ids
-                    last[k] = len(places) - 1
-        places += [(0, 0, -1, -1)] * (-len(places) % width)  # padding
+                start = 0 if k < 0 else past
+                input_ids += ids
+                positions += range(start, start + len(ids))
+                tree_of += [t] * len(ids)
+                branch += [k] * len(ids)
 
-    input_ids, positions, tree_of, branch = torch.tensor(places).T.reshape(4, len(rows), width)
+        padding = -len(input_ids) % width
+        input_ids += [0] * padding
+        positions += [0] * padding
+        tree_of += [-1] * padding
+        branch += [-1] * padding
+
+    def grid(values):
+        return torch.tensor(values).view(len(rows), width)   # (R, N)
+
     return Batch(
-        input_ids, positions, torch.tensor(lengths),
-        tree=tree_of if shared else None,
-        branch=branch if shared else None,
-        read=torch.tensor([place for where in read for place in where]),
+        grid(input_ids), grid(positions), torch.tensor(lengths),
+        tree=grid(tree_of) if shared else None,
+        branch=grid(branch) if shared else None,
+        read=torch.tensor([place for places in read for place in places]),
         target=torch.tensor([token for ids in target for token in ids]),
         owner=torch.tensor([k for k, ids in enumerate(target) for _ in ids]),
         last=torch.tensor(last),

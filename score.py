@@ -129,6 +129,7 @@ def parse_args(argv=None):
     g.add_argument("--pairs", type=new_file, metavar="F.jsonl", help="best against worst completion of a prompt (--select rso: of the kept), with scores and p_chosen")
     g.add_argument("--keep-chosen", action="store_true", help="--pairs: chosen stays that of --dataset, rejected is the worst sample")
     g.add_argument("--select", choices=["best", "rso"], help="--output: the best of --samples, or rejection sampling (5)")
+    g.add_argument("--confidence", type=within("[0.5, 1)"), default=0.5, help="--output: only pairs whose better completion is better with this probability or more")
     g.add_argument("--by", metavar="COLUMN", help="the result for each value of this column too")
     g.add_argument("--plot", type=figure_file, metavar="F.png", help="histogram of the scores, or curves of run directories (needs matplotlib)")
     g.add_argument("--tokens", type=new_file, metavar="F.html", help=f"page of up to {PAGE} completions, tokens coloured by their part in the reward")
@@ -183,6 +184,9 @@ def check_flags(args, error):
         error("--policy completes the prompts of one --dataset")
     if systems > 1 and (args.pairs or args.select or args.by):
         error("--pairs, --select and --by take one system: one --policy or one --dataset")
+    if args.confidence > 0.5 and (args.policy or args.select or not args.output):
+        error("--confidence selects the pairs of --dataset for --output: give that, and neither "
+              "--policy nor --select")
     if args.keep_chosen and not args.pairs:
         error("--keep-chosen needs --pairs")
     if args.select and not (args.output and args.samples > 1):
@@ -941,13 +945,15 @@ def single_row(c, several_systems):
     return row_of(c.group, {name: as_said(c)}, scores)
 
 
-def output_rows(table, several_systems):
+def output_rows(table, several_systems, confidence):
     """Pairs stay pairs, rankings rankings, single completions single ones, with their scores."""
     rows = []
     for siblings in by_group(table):
         gives = siblings[0].system.gives
         if gives not in ("pair", "list"):
             rows += [single_row(c, several_systems) for c in siblings]
+            continue
+        if gives == "pair" and max(p_better(*siblings), p_better(*reversed(siblings))) < confidence:
             continue
         rows.append(pair_row(*siblings) if gives == "pair" else list_row(siblings))
         if len(siblings[0].raw) > 1:
@@ -1219,7 +1225,7 @@ def main(argv=None):
     if args.tokens:
         write_tokens(args.tokens, align(systems, table), scorers[0], args, autocast)
     if args.output and not args.select:
-        write_jsonl(args.output, output_rows(table, len(systems) > 1))
+        write_jsonl(args.output, output_rows(table, len(systems) > 1, args.confidence))
 
     groups = by_group([c for c in table if c.system is systems[0]])
     if args.select == "rso":
