@@ -408,8 +408,7 @@ FORMATS = {                      # in the order in which they are tried
     "pair": Format("pair", ("prompt", "chosen", "rejected"), read_pair),
     "pair, prompt inside": Format("pair", ("chosen", "rejected"), read_dialogues),
     "PKU-SafeRLHF": Format(
-        "pair",
-        (PROMPT, "response_0", "response_1", "better_response_id|safer_response_id"),
+        "pair", (PROMPT, "response_0", "response_1", "better_response_id|safer_response_id"),
         read_pku),
     "ranked list": Format("list", (PROMPT, "completions|responses", "scores|ranks"), read_list),
     "unpaired": Format("label", ("prompt", "completion", "label"), read_labelled),
@@ -478,8 +477,8 @@ def read_groups(source, usable, split="train", columns=(), limit=0, prefer="bett
 
     have = set(rows[0][1])
     fits = []
-    for name, row_of_table in FORMATS.items():
-        if all(have & set(names.split("|")) for names in row_of_table.columns):
+    for name, entry in FORMATS.items():
+        if all(have & set(names.split("|")) for names in entry.columns):
             fits.append(name)
     taken = [name for name in fits if name in usable]
     if not taken:
@@ -748,7 +747,7 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
             account.dropped["with no room for a completion"] += 1
         elif not all(fits) and overlong == "drop":
             account.dropped[f"over --max-length {max_length}"] += 1
-        elif len(ids) == 2 and ids[0] == ids[1] and group.scores:  # one is said to be better
+        elif len(group.scores) > 1 and len(set(map(tuple, ids))) == 1:
             account.dropped["with completions of identical tokens"] += 1
         else:
             group.completion_ids = ids
@@ -920,12 +919,9 @@ def compare(groups, label_smoothing=0.0, device=None):
 
 # ④ pack -------------------------------------------------------------------------------------------
 
-# a packed row is about this long, or as its longest tree: attention costs row², not batch²
-ROW = 1024
-# no tree (a prompt and completions behind it) is longer, unless one completion alone makes it so
-TREE = 4096
-# row length at which attention costs as much as the rest of a layer: 6 × its width, see lay_out()
-EVEN = 3072
+ROW = 1024      # tokens in a packed row, or its longest tree's: attention costs row², not batch²
+TREE = 4096     # at most in a tree (a prompt, completions behind it), unless one alone is longer
+EVEN = 3072     # row length at which attention costs as much as the rest of a layer, see lay_out()
 
 
 class Tree(NamedTuple):
@@ -995,8 +991,8 @@ def assemble(rows, count, shared):
         tree_of += [-1] * padding
         branch += [-1] * padding
 
-    def grid(values):
-        return torch.tensor(values).view(len(rows), width)   # (R, N)
+    def grid(values):                                        # (R, N)
+        return torch.tensor(values).view(len(rows), width)
 
     return Batch(
         grid(input_ids), grid(positions), torch.tensor(lengths),
@@ -1010,12 +1006,12 @@ def assemble(rows, count, shared):
 
 
 def split_into_trees(groups, longest, even):
-    """Groups → Trees: several of a group where repeating its prompt costs less than one long tree.
+    """Groups → Trees, several of a group where repeating its prompt costs less than a long tree.
 
     With m completions of C tokens behind a prompt of P, each costs (P/m + C) tokens times
     1 + (P + mC)/even for attention; that is least at mC = √(P (P + even)). So a long prompt stands
     once, and many long completions of a short prompt do not pay for attending, masked, to each
-    other.
+    other (16 of 256 tokens behind 100, on a CPU: 2.6 times as fast at width 896, 9 times at 64).
     """
     trees = []
     k = 0
@@ -1252,7 +1248,7 @@ def for_all(measure, model, groups, budget, packed, autocast, progress):
 
 @torch.no_grad()
 def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
-    """Whether measure(model, batch) gives the same packed and padded: checked, not trusted.
+    """Whether measure(model, batch), logps or scores, is the same packed and padded: a check.
 
     A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
     three in one row, where a state that runs on from tree to tree would show (Mamba); and the
@@ -1304,7 +1300,7 @@ def check_same_tokeniser(encoder, other, what):
 
 
 def load_weights(auto_class, path, encoder, device, flag, new=(), **options):
-    """from_pretrained, checked: no weight is missing, save those `new`, or not a number.
+    """A model in float32 and eval mode; a weight that is missing (save `new` ones) is an error.
 
     Float32 masters on purpose: bfloat16 weights under AdamW at lr 1e-6 realise about 2 % of the
     update. Only safetensors are read, never a pickle, and code from the checkpoint is never run.
@@ -1380,15 +1376,16 @@ def calibrate(scores, lengths, curve, mean):
     return torch.as_tensor(scores, dtype=torch.float64) - expected + mean
 
 
-def length_curve(scores, lengths, bins=20):
+def length_curve(scores, lengths, bins=50):
     """[[mean length, mean score], …] of about equally full bins: what length alone predicts.
 
-    The paper of calibrate() fits a locally weighted regression; means of bins serve as well.
+    A common length has a bin of its own. The paper of calibrate() fits a locally weighted
+    regression; means of bins serve as well.
     """
     lengths = torch.as_tensor(lengths, dtype=torch.float64)
     scores = torch.as_tensor(scores, dtype=torch.float64)
-    edges = lengths.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).unique()
-    bin_of = torch.searchsorted(edges, lengths).clamp(min=1)
+    fractions = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:]
+    bin_of = torch.searchsorted(lengths.quantile(fractions).unique(), lengths)   # (below, edge]
     curve = []
     for one in bin_of.unique():
         inside = bin_of == one
@@ -1578,11 +1575,11 @@ def draw(probs, u, top_p=1.0):
 
 # ⑧ run directory ----------------------------------------------------------------------------------
 
-# What may differ between the start of a run and --resume, since it changes no result.
+# Flags that may differ between the start of a run and --resume: those that change no result …
 FREE = {
     "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
     "device"}
-# What a user may change on purpose; it is said, for from here on the run is another one.
+# … and those that a user may change on purpose; it is said, since the run is another one then.
 ANNOUNCED = {"max_steps", "epochs", "learning_rate"}
 
 

@@ -1,4 +1,5 @@
-"""Sections ① read and ② tokenise of common.py: no row is changed or lost in silence, and the boundary never moves.
+"""Sections ① read, ② tokenise and ⑧ run of common.py: no row is changed or lost in silence, the boundary never moves,
+and no run is lost.
 
 Expected values come from hand, from json / csv / pyarrow, or from a plain `tokenizers` object; never from common.py.
 a1 … a24 are the traps that a test keeps out: the moving boundary, the second BOS, the end that is never learnt, ….
@@ -11,6 +12,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ import pytest  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
+import common  # noqa: E402
 from common import (  # noqa: E402
     FORMATS, MARK, Account, Encoder, Group, failing, read_groups, split_by_prompt, split_transcripts, tokenise, within)
 
@@ -672,11 +675,15 @@ def test_a13_a14_truncation(overlong, prompt, completions, ended, why):
 
 
 def test_a15_different_texts_of_the_same_tokens_are_no_pair():
-    account = Account("d.jsonl", "pair", 3)
-    groups = [Group("", "p", ["é", "ü"], scores=[1, 0]), Group("", "p", ["é", "y"], scores=[1, 0])]     # é, ü: <unk>
-    groups += [Group("", "p", ["x", "x"])]                   # samples: of them, none is said to be better
+    account = Account("d.jsonl", "pair", 5)
+    groups = [
+        Group("", "p", ["é", "ü"], scores=[1, 0]),           # both letters are unknown to this tokeniser
+        Group("", "p", ["é", "ü", "ß"], scores=[3, 2, 1]),
+        Group("", "p", ["é", "ü", "y"], scores=[3, 2, 1]),
+        Group("", "p", ["é", "y"], scores=[1, 0]),
+        Group("", "p", ["x", "x"])]                          # samples: none is said to be better
     kept = tokenise(groups, account, Encoder(letters()), 99)
-    assert kept == groups[1:] and account.dropped == {"with completions of identical tokens": 1}
+    assert kept == groups[2:] and account.dropped == {"with completions of identical tokens": 2}
     assert account.truncated == 0
 
 
@@ -813,3 +820,98 @@ def test_a1_a24_real_pairs_with_real_tokenisers(name):
             joint = g.prompt + completion
             assert tokenizer.decode(g.prompt_ids + ids, skip_special_tokens=True) == joint
             assert g.prompt_ids + ids[:-1] == bos + plain_ids(tokenizer, joint)  # nothing merges after a ":"
+
+
+# --- ⑧ run ------------------------------------------------------------------------------------------------------------
+
+def opened(out, steps=9, data="d", **flags):
+    """open_run() as a trainer calls it."""
+    args = SimpleNamespace(**({"output_dir": str(out), "resume": False, "beta": 0.1, "columns": ()} | flags))
+    return common.open_run(args, steps, data_sha256=data)
+
+
+def test_a_new_run_begins_in_an_empty_directory_and_keeps_what_was_there(tmp_path, monkeypatch, capsys, refuses):
+    for name in ("run", "run/", "run/."):                    # the same directory
+        assert opened(f"{tmp_path}/{name}") == (tmp_path / "run", 0, False)
+        (tmp_path / "run/checkpoint").mkdir()
+        (tmp_path / "run/mine.txt").write_text(name)
+    assert "is kept as" in capsys.readouterr().out
+    kept = [(tmp_path / name / "mine.txt").read_text() for name in ("run-1", "run-2", "run")]
+    assert kept == ["run", "run/", "run/."]
+    monkeypatch.chdir(tmp_path / "run")
+    for name in (".", "checkpoint/.."):                      # no name to keep it under: nothing is touched
+        with refuses("--output-dir", "cannot be written"):
+            opened(name)
+    assert (tmp_path / "run/mine.txt").exists() and opened("../run")[0] == Path("../run")
+    assert (tmp_path / "run-3/mine.txt").exists() and not (tmp_path / "run/mine.txt").exists()
+    (tmp_path / "file").write_text("x")
+    with refuses("--output-dir", "cannot be written"):
+        opened(tmp_path / "file")
+
+
+def test_resume_wants_what_the_run_began_with(tmp_path, capsys, refuses):
+    opened(tmp_path)
+    with refuses("no checkpoint"):
+        opened(tmp_path, resume=True)
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("step-2", "step-10", "step-x", "step-11.safetensors.writing"):
+        (tmp_path / f"checkpoint/{name}.safetensors").write_text("")
+    (tmp_path / "checkpoint/step-11.safetensors.writing").write_text("")     # a kill while it was written
+    assert common.newest_checkpoint(tmp_path) == (10, tmp_path / "checkpoint/step-10.safetensors")
+    common.log(tmp_path, 10, {"loss": 1.0, "eval/n": 3})
+    common.log(tmp_path, 11, {"loss": float("nan"), "eval/n": 3})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12, "lo')                       # a kill while it was written
+    with refuses("after step 10"):
+        opened(tmp_path, 9, resume=True)
+    for words, flags in [("--beta 0.1, not 0.2", {"beta": 0.2}), ("data", {"data": "e"})]:
+        with refuses(words):
+            opened(tmp_path, 20, resume=True, **flags)
+    assert [line["loss"] for line in common.read_lines(tmp_path / "metrics.jsonl")] == [1, None]
+    assert opened(tmp_path, 20, resume=True) == (tmp_path, 10, True)
+    assert common.read_lines(tmp_path / "metrics.jsonl") == [{"step": 10, "loss": 1.0, "eval/n": 3}]
+    (tmp_path / "args.json").write_text("[1]")
+    with refuses("args.json"):
+        opened(tmp_path, 20, resume=True)
+
+
+def test_signals_are_caught_once_and_ignored_ones_stay_ignored(capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)         # as nohup does
+        caught = common.catch_signals()
+        signal.raise_signal(signal.SIGHUP)
+        assert caught == []
+        signal.raise_signal(signal.SIGTERM)
+        assert caught == [signal.SIGTERM] and "with a checkpoint" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (OSError(28, "No space left on device"), 2, "No space left"), (MemoryError(), 2, "MemoryError"),
+    (common.torch.OutOfMemoryError("CUDA out of memory.\nlong"), 2, "CUDA out of memory"),
+    (KeyboardInterrupt(), 130, "interrupted"), (SystemExit(3), 3, "")])
+def test_a_script_ends_in_one_line(error, code, words, monkeypatch):
+    def main():
+        raise error
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    print("▸")                                               # a console that does not know it is no error either
+    streams[1].seek(0)
+    said = streams[1].read()
+    assert end.value.code == code and words in said and said.count("\n") <= 1
+
+
+def test_an_error_in_the_code_is_a_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(ZeroDivisionError):
+        common.run(lambda: 1 / 0)
