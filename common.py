@@ -30,6 +30,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from typing import Callable, NamedTuple
 import numpy
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -48,12 +50,17 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
+try:
+    import fcntl
+except ImportError:                                          # Windows: runs are not locked there
+    fcntl = None
+
 
 # --- errors, flags, device ------------------------------------------------------------------------
 
 def fail(message):
-    """Bad input is for the user to fix: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    """Bad input is for the user to fix: one line on stderr, exit code 2, no traceback."""
+    print("error: " + " ".join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -70,6 +77,13 @@ def failing(message):
         yield
     except Exception as error:
         fail(f"{message} ({first_line(error)}).")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong flag ends as all bad input does: in one line."""
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags).")
 
 
 def within(interval, kind=float):
@@ -149,6 +163,7 @@ class Account:
     dropped: Counter = field(default_factory=Counter)   # reason → rows
     looks_special: int = 0          # rows with text that looks like a special token
     template_rewrites: bool = False  # whether the chat template changes some completions
+    template_drops: bool = False    # whether it leaves out text of some prompts
 
     def __str__(self):
         line = (f"{self.source}: {self.rows:,} rows of format '{self.format}', kept {self.kept:,}, "
@@ -162,7 +177,13 @@ class Account:
         if self.template_rewrites:
             line += "\n  the chat template rewrites some completions (trims or moves text)"
             line += "; what it writes is used"
+        if self.template_drops:
+            line += "\n  the chat template leaves out or changes text of some prompts"
+            line += " (a role that it does not know?)"
         return line
+
+
+MAGIC = {b"PK\x03\x04": "zip", b"\x1f\x8b": "gzip", b"PAR1": "parquet"}     # how files begin
 
 
 def read_rows(source, split="train"):
@@ -175,9 +196,13 @@ def read_rows(source, split="train"):
     """
     path = Path(source)
     name = path.name.removesuffix(".gz")
-    if not path.is_file():
+    with failing(f"{source}: cannot be read"):
+        is_file = path.is_file()
+    if not is_file:
+        if path.exists() and not path.is_dir():
+            fail(f"{source}: it is a pipe or a device; give a file.")
         if path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz"):
-            fail(f"{source}: no such file.")
+            fail(f"{source}: " + ("it is a folder." if path.is_dir() else "no such file."))
         with failing(f"{source} (split {split}): neither a file nor a dataset that can be loaded"):
             from datasets import load_dataset  # here, because it takes seconds to import
             rows = load_dataset(str(source), split=split)
@@ -189,12 +214,22 @@ def read_rows(source, split="train"):
         raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
+        for start, kind in MAGIC.items():
+            if raw.startswith(start) and not (kind == "parquet" and name.endswith(".parquet")):
+                fail(f"{source}: its content is a {kind} file, which its name does not say.")
         if name.endswith(".parquet"):
             import pyarrow.parquet
             rows = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
             return [(f"{source}, row {i}", row) for i, row in enumerate(rows, 1)]
-        text = raw.decode("utf-8-sig")  # -sig: a byte order mark is no part of a column's name
+        try:
+            text = raw.decode("utf-8-sig")  # -sig: a byte order mark is no part of a column's name
+        except UnicodeDecodeError as error:
+            line = raw[:error.start].count(b"\n") + 1
+            fail(f"{source}, line {line}: it is not text in UTF-8; convert it.")
     return read_csv(source, text) if name.endswith(".csv") else read_json(source, text)
+
+
+PRINTED = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")    # what str() of messages gives
 
 
 def read_csv(source, text):
@@ -210,10 +245,24 @@ def read_csv(source, text):
             where = f"{source}, line {reader.line_num}"
             if None in row or None in row.values():
                 fail(f"{where}: this row does not have the {len(names)} fields of the header.")
+            for name, cell in row.items():
+                if PRINTED.match(cell):
+                    fail(f"{where}: column '{name}' holds a printed list of messages, which would "
+                         "be read as text; keep such data in .jsonl or .parquet.")
             rows.append((where, row))
     except csv.Error as error:  # line_num: where the last good row ended
         fail(f"{source}, line {reader.line_num + 1}: broken CSV ({error}).")
     return rows
+
+
+def no_key_twice(pairs):
+    """What json makes of an object: it would keep the last of two values and say nothing."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = [name for name in names if names.count(name) > 1]
+        raise ValueError(f"key {twice[0]!r} comes twice in an object")
+    return row
 
 
 def read_json(source, text):
@@ -222,13 +271,13 @@ def read_json(source, text):
     where = source
     try:
         if text.lstrip()[:1] == "[":
-            for i, row in enumerate(json.loads(text), 1):
+            for i, row in enumerate(json.loads(text, object_pairs_hook=no_key_twice), 1):
                 rows.append((f"{source}, row {i}", row))
         else:
             for i, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028
                 where = f"{source}, line {i}"
                 if line.strip():
-                    rows.append((where, json.loads(line)))
+                    rows.append((where, json.loads(line, object_pairs_hook=no_key_twice)))
     except json.JSONDecodeError as error:
         where = where if where != source else f"{source}, line {error.lineno}"
         fail(f"{where}: broken JSON ({error.msg}).")
@@ -325,9 +374,14 @@ def split_transcripts(chosen, rejected):
 
 def read_pair(row, where, prefer):
     chosen = text_or_messages(row, "chosen", where)
-    if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
-        return read_dialogues(row, where, prefer)  # whole dialogues beside a prompt column
     prompt = text_or_messages(row, "prompt", where)
+    if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
+        # Whole dialogues, beside a prompt column that repeats what they begin with.
+        told = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+        spoken = {m["content"].strip() for m in chosen[:-1]}
+        if not spoken.issuperset(text.strip() for text in told):
+            return "whose prompt column is not in the dialogue (--columns unused=prompt drops it)"
+        return read_dialogues(row, where, prefer)
     rejected = text_or_messages(row, "rejected", where)
     return Group(where, prompt, [chosen, rejected], row, [1, 0])
 
@@ -370,6 +424,14 @@ def read_list(row, where, prefer):
     completions = [text_or_messages({name: text}, name, where) for text in texts]
     sign = -1.0 if by == "ranks" else 1.0  # rank 1 is the best, so its score is the highest
     scores = [sign * number({by: value}, by, where) for value in values]
+    if by == "scores" and isinstance(row.get("ranks"), list):
+        ranks = [number({"ranks": value}, "ranks", where) for value in row["ranks"]]
+        if len(ranks) != len(scores):
+            fail(f"{where}: columns 'scores' and 'ranks' differ in length.")
+        for i, score in enumerate(scores):
+            if any(score > scores[j] and ranks[i] > ranks[j] for j in range(len(ranks))):
+                fail(f"{where}: columns 'scores' and 'ranks' contradict each other; drop one "
+                     "(--columns unused=ranks).")
     return Group(where, prompt, completions, row, scores)
 
 
@@ -436,6 +498,9 @@ def to_group(format_name, row, where, prefer):
                      "content, which would be lost; move it or remove it.")
             group.completions[k] = completion[0]["content"]
 
+    answer = group.row.get("answer")
+    if isinstance(answer, float) and answer.is_integer():
+        group.row["answer"] = int(answer)  # a column with gaps makes 91.0 of 91: never equal to "91"
     stripped = [c.strip() for c in group.completions]
     if not all(stripped):
         return "with an empty completion"
@@ -452,6 +517,12 @@ def rename_columns(rows, columns, source):
         if not new or old not in first:
             fail(f"--columns {new}={old}: {source} has no column '{old}' (it has: "
                  f"{', '.join(first)}); write NEW=OLD.")
+        if new in first and new not in [taken for _, taken in renames]:
+            fail(f"--columns {new}={old}: {source} has a column '{new}' already; rename that one "
+                 f"too, for example unused={new}.")
+    names = [new for new, _ in renames]
+    if len(set(names)) < len(names):
+        fail(f"--columns {' '.join(columns)}: two columns would get one name.")
     for where, row in rows:
         values = {}
         for new, old in renames:
@@ -469,7 +540,9 @@ def read_groups(source, usable, split="train", columns=(), limit=0, prefer="bett
     why: what the caller says about rows that it cannot use.
     """
     rows = read_rows(source, split)
-    rows = rows[:limit] if limit else rows
+    if limit and limit < len(rows):
+        print(f"{source}: the first {limit:,} of {len(rows):,} rows are taken (--limit)")
+        rows = rows[:limit]
     if not rows:
         fail(f"{source}: no rows.")
     if columns:
@@ -489,6 +562,9 @@ def read_groups(source, usable, split="train", columns=(), limit=0, prefer="bett
         fail(f"{source}: its columns ({', '.join(rows[0][1])}) {problem}; needed are "
              f"{'; or '.join(needs)}. --columns NEW=OLD renames.")
 
+    if prefer != "better" and taken[0] != "PKU-SafeRLHF":
+        fail(f"{source}: --prefer {prefer} is for rows of format 'PKU-SafeRLHF', these are of "
+             f"format '{taken[0]}'.")
     account = Account(source, taken[0], len(rows))
     groups = []
     for where, row in rows:
@@ -551,9 +627,17 @@ class Encoder:
         self.chat = chat
         self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
         self.template_rewrites = False  # True once the chat template changed a completion
+        self.template_drops = False     # True once it left out text of a prompt
+        self.template_name = "the chat template"
         if template_file:
-            with failing(f"--chat-template {template_file}: cannot be read as text"):
+            self.template_name = f"--chat-template {template_file}"
+            with failing(f"{self.template_name}: cannot be read as text"):
                 tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+            if not tokenizer.chat_template.strip():
+                fail(f"{self.template_name}: it is empty.")
+        if type(self.max_positions) not in (int, float):
+            fail(f"the config in {tokenizer.name_or_path} has max_position_embeddings "
+                 f"{self.max_positions!r:.60}, not a number.")
 
         added = tokenizer.added_tokens_decoder
         self.control_ids = set(added) | set(tokenizer.all_special_ids)
@@ -581,7 +665,10 @@ class Encoder:
     def find_turn_end(self):
         """Id of the first control token that the template writes after a completion, or None."""
         answer = {"role": "assistant", "content": "ANSWER"}
-        text = self.render(self.messages("QUESTION") + [answer], "the chat template")
+        text = self.render(self.messages("QUESTION") + [answer], "a question and an answer")
+        for word, what in (("QUESTION", "prompt"), ("ANSWER", "completion")):
+            if word not in text:
+                fail(f"{self.template_name}: it does not write the {what}.")
         behind = self.plain(text.rpartition("ANSWER")[2], control=True)
         return next((token for token in behind if token in self.control_ids), None)
 
@@ -616,7 +703,7 @@ class Encoder:
                      "mark here.")
             content = self.special.sub(lambda found: MARK + found[0] + MARK, message["content"])
             marked.append(message | {"content": content})
-        with failing(f"{where}: the chat template refuses these messages"):
+        with failing(f"{where}: {self.template_name} refuses these messages"):
             return self.tokenizer.apply_chat_template(
                 marked, tokenize=False, add_generation_prompt=generation_prompt)
 
@@ -648,6 +735,9 @@ class Encoder:
         text = prompt
         if self.is_chat(prompt):
             text = self.render(self.messages(prompt), where, generation_prompt=True)
+            written = text.replace(MARK, "")
+            said = [message["content"].strip() for message in self.messages(prompt)]
+            self.template_drops |= not all(one in written for one in said)
         return self.with_bos(self.ids(text, control=self.is_chat(prompt))), text
 
     def joined_text(self, group, completion, prompt_text):
@@ -734,8 +824,14 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
     """
     kept = []
     encoder.template_rewrites = False  # of this source
+    encoder.template_drops = False
+    # Beyond this a text has too many tokens whatever they are: 50 MB are not encoded to be dropped.
+    most = 2 * max_length * max(map(len, encoder.tokenizer.get_vocab()))
     for group in tqdm(groups, desc=progress, unit="row", leave=False, disable=None):
+        whole = group.completions
+        group.completions = [text[:most] for text in whole]
         encoder(group)
+        group.completions = whole
         account.looks_special += encoder.looks_special(group)
         room = max_length - len(group.prompt_ids)
         fits = [len(ids) <= room for ids in group.completion_ids]
@@ -756,6 +852,7 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
             kept.append(group)
     account.kept = len(kept)
     account.template_rewrites = encoder.template_rewrites
+    account.template_drops = encoder.template_drops
     return kept
 
 
@@ -1281,6 +1378,8 @@ def read_config(path, flag):
 
 def load_encoder(path, template_file=None, chat=False, flag="--model"):
     """The Encoder of a model directory or hub id. No weights: bad data is found before them."""
+    if Path(path).is_file():
+        fail(f"{flag} {path}: it is a file; give the model's directory.")
     config = read_config(path, flag)
     generation_config = None
     try:
@@ -1288,6 +1387,11 @@ def load_encoder(path, template_file=None, chat=False, flag="--model"):
     except (OSError, ValueError) as error:  # many checkpoints have none
         if (Path(path) / "generation_config.json").exists():
             fail(f"{flag} {path}: generation_config.json cannot be read ({first_line(error)}).")
+    ends = getattr(generation_config, "eos_token_id", None)
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:
+            fail(f"{flag} {path}: eos_token_id in generation_config.json is {end!r:.60}, not a "
+                 "number.")
     with failing(f"{flag} {path}: its tokeniser cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         return Encoder(tokenizer, config, generation_config, template_file, chat)
@@ -1336,7 +1440,22 @@ def load_model(path, encoder, device, flag="--model"):
     for name in read_config(path, flag).architectures or []:
         if "SequenceClassification" in name:  # where embeddings are tied no weight is missing
             fail(f"{flag} {path}: {name} is a reward model, not a language model.")
-    return load_weights(AutoModelForCausalLM, path, encoder, device, flag)
+    model = load_weights(AutoModelForCausalLM, path, encoder, device, flag)
+    check_causal(model, f"{flag} {path}")
+    return model
+
+
+@torch.no_grad()
+def check_causal(model, what):
+    """No token may see a later one: AutoModelForCausalLM also loads a BERT, which sees them all."""
+    device = next(model.parameters()).device
+    size = model.get_input_embeddings().weight.shape[0]
+    first, *rest = [number % size for number in (1, 2, 3, 4)]
+    with failing(f"{what}: it cannot be run on four tokens"):
+        logits = model(torch.tensor([[first, *rest], [first, *rest[::-1]]], device=device)).logits
+    if (logits[0, 0] - logits[1, 0]).abs().max() > 1e-3 * logits[0, 0].abs().max() + 1e-3:
+        fail(f"{what}: {type(model).__name__} is not causal (what follows a token changes its "
+             "prediction), so it is no language model that could be sampled from.")
 
 
 def load_reward_model(path, encoder, device, flag="--reward-model", new_head=False):
@@ -1360,9 +1479,30 @@ def load_reward_model(path, encoder, device, flag="--reward-model", new_head=Fal
         AutoModelForSequenceClassification, path, encoder, device, flag, new, num_labels=1)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         fail(f"{flag} {path}: {type(model).__name__} has no linear head called score.")
+    check_statistics(model.config, f"{flag} {path}")
     pad_id = encoder.tokenizer.pad_token_id
     model.config.pad_token_id = encoder.eos if pad_id is None else pad_id
     return model
+
+
+def check_statistics(config, what):
+    """What train_rm.py's note_statistics() stored, where it is there: numbers to divide by."""
+    def is_number(value):
+        return type(value) in (int, float) and math.isfinite(value)
+
+    for name in ("reward_mean", "reward_std"):
+        value = getattr(config, name, None)
+        if value is not None and not (is_number(value) and (value >= 0 or name == "reward_mean")):
+            fail(f"{what}: {name} in its config is {value!r:.60}, which cannot be one.")
+    curve = getattr(config, "reward_by_length", None)
+    if curve is None:
+        return
+    with failing(f"{what}: reward_by_length in its config is no list of [length, score]"):
+        rising = [length for length, _ in curve]
+        if not rising or rising != sorted(set(rising)):
+            raise ValueError("the lengths do not rise")
+        if not all(is_number(value) for knot in curve for value in knot):
+            raise ValueError("not all are finite numbers")
 
 
 def calibrate(scores, lengths, curve, mean):
@@ -1536,6 +1676,9 @@ def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar
         positions = positions + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
 
+    if not torch.cat([logps for *_, logps in steps]).isfinite().all():
+        fail("sampling: the model gives probabilities that are not finite numbers (weights that "
+             "diverged, or a --temperature near 0).")
     samples = [Sample([], [], False) for _ in uniform]
     for step in steps:
         for row, token, logp in zip(*[column.tolist() for column in step]):
@@ -1550,7 +1693,8 @@ def repeat_cache(model, out, prompts, n):
     """The cache of a prefill, each prompt's row n times, in layers that take room ahead."""
     cache = getattr(out, "past_key_values", None)
     if cache is None:
-        fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here.")
+        fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here; "
+             "train_dpo.py --eval-samples 0 trains it without samples.")
     for layer in getattr(cache, "layers", []):
         if type(layer) is DynamicLayer:  # sliding windows and linear attention keep their own
             layer.__class__ = RoomyLayer
@@ -1580,29 +1724,136 @@ FREE = {
     "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
     "device"}
 # … and those that a user may change on purpose; it is said, since the run is another one then.
-ANNOUNCED = {"max_steps", "epochs", "learning_rate"}
+ANNOUNCED = {"max_steps", "epochs", "learning_rate", "threads"}
 
 
-def check_inputs(args, names):
-    """What a run reads must not lie in --output-dir: a new run would move it away or replace it.
+def identity(path):
+    """What a path leads to: the same for links and `..`, None where there is nothing."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):                            # ValueError: a NUL in the name
+        return None
+    return found.st_dev, found.st_ino
 
-    names: of the flags that may name a file or a directory, or a list of them.
+
+def holds(folder, path):
+    """Whether a path is a folder (or file) or lies in it, whatever links lead there."""
+    places = [path, *Path(path).resolve().parents]
+    return identity(folder) is not None and identity(folder) in map(identity, places)
+
+
+def check_paths(reads, writes):
+    """What is written must not be what is read: the same file, a file in a model's directory, or a
+    directory that holds it.
+
+    reads, writes: [(flag, path), …]. What does not exist, a hub id for example, is passed over.
     """
-    out = Path(args.output_dir).resolve()
+    for flag, path in [*reads, *writes]:
+        if not str(path).strip() or "\0" in str(path):
+            fail(f"{flag}: {str(path)!r:.60} is no name.")
+    for flag, path in reads:
+        if identity(path) is None:
+            continue
+        parts = [path, *Path(path).iterdir()] if Path(path).is_dir() else [path]
+        for out_flag, out in writes:
+            is_folder = Path(out).is_dir() or out_flag == "--output-dir"
+            if any(holds(out, part) for part in parts) or not is_folder and holds(path, out):
+                fail(f"{flag} {path} and {out_flag} {out} overlap: what is read would be written "
+                     "over or moved; choose another place to write.")
+    for i, (flag, path) in enumerate(writes):
+        for other_flag, other in writes[:i]:
+            if Path(path).resolve() == Path(other).resolve() or holds(other, path):
+                fail(f"{other_flag} and {flag} must be different files.")
+
+
+def check_run(args, names):
+    """The flags of a trainer that name files and folders, before anything is loaded.
+
+    names: of those that are read; each is a path, None, or a list of paths or file.py:function.
+    """
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, str) and (not one.strip() or "\0" in one) for one in values):
+            fail(f"--{name.replace('_', '-')}: {values!r:.60} names nothing.")
+    reads = []
     for name in names:
         value = getattr(args, name)
         for path in filter(None, value if isinstance(value, list) else [value]):
-            where = Path(path).resolve()
-            if where.exists() and out in (where, *where.parents):
-                fail(f"--{name.replace('_', '-')} {path} lies in --output-dir, where this run "
-                     "writes: choose another --output-dir.")
+            with failing(f"--{name.replace('_', '-')} {path:.60}: it is no name"):
+                file = path if Path(path).exists() else path.rpartition(":")[0] or path
+            reads.append((f"--{name.replace('_', '-')}", file))
+    files = [path for path in (args.dataset, args.eval_dataset) if path]
+    if args.split != "train" and all(Path(path).is_file() for path in files):
+        fail(f"--split {args.split}: {', '.join(files)} is a file, and files have no splits.")
+
+    out = Path(args.output_dir)
+    with failing(f"--output-dir {args.output_dir:.60}: cannot be used"):
+        above = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+        if not above.is_dir():
+            fail(f"--output-dir {out}: {above} is a file.")
+        if not os.access(above, os.W_OK):
+            fail(f"--output-dir {out}: {above} cannot be written.")
+    for place in (".", __file__, Path.home(), tempfile.gettempdir()):
+        if holds(out, place):
+            fail(f"--output-dir {out} holds more than a run ({Path(place).resolve()}): give a "
+                 "folder of its own.")
+    check_paths(reads, [("--output-dir", args.output_dir)])
+    if args.resume and newest_checkpoint(out)[1] is None:
+        fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
+    if (out / "lock").exists():
+        lock(out)
+
+
+HELD = []                            # the open lock file of this process
+
+
+def lock(out):
+    """One run at a time writes in a directory: its file `lock` holds the number of the process.
+
+    The system frees the lock when the process ends, however it ends, so a stale one is taken over.
+    """
+    unlock()
+    file = open(out / "lock", "a+", encoding="utf-8")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"--output-dir {out}: another run writes there (process {file.read().strip()}); wait "
+             "for it or choose another directory.")
+    except OSError:                                          # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    HELD.append(file)
+
+
+def unlock():
+    while HELD:
+        HELD.pop().close()
 
 
 def write_beside(file, text):
     """Writes a file under another name, then renames it: a reader or a kill finds it whole."""
+    file = Path(file).resolve()                              # a link stays one
+    if file.exists() and not file.is_file():                 # a pipe, /dev/null
+        file.write_text(text, encoding="utf-8")
+        return
+    with renamed(file) as writing:
+        writing.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def renamed(file):
+    """Another name to write under: renamed into place where all goes well, else removed."""
     writing = file.with_name(file.name + ".writing")
-    writing.write_text(text, encoding="utf-8")
-    os.replace(writing, file)
+    try:
+        yield writing
+        os.replace(writing, file)
+    except OSError:                                          # a full disk: leave it no fuller
+        writing.unlink(missing_ok=True)
+        raise
 
 
 def write_lines(file, rows):
@@ -1647,6 +1898,17 @@ def model_fingerprint(model):
     return digest.hexdigest()
 
 
+def file_fingerprint(path):
+    """Hash of a file, or of the files of a model's directory."""
+    digest = hashlib.sha256()
+    files = sorted(Path(path).glob("*.json")) + sorted(Path(path).glob("*.safetensors"))
+    for file in files if Path(path).is_dir() else [Path(path)]:
+        with open(file, "rb") as opened:
+            while block := opened.read(2 ** 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def newest_checkpoint(out):
     """(updates, file) of the newest checkpoint of a run directory, or (0, None)."""
     newest = (0, None)
@@ -1657,27 +1919,38 @@ def newest_checkpoint(out):
     return newest
 
 
-def open_run(args, steps, **hashes):
+# What is in a directory that a run would write over: such a directory is kept, under another name.
+TRACES = (
+    "args.json", "metrics.jsonl", "completions.jsonl", "checkpoint", "config.json",
+    "model.safetensors", "model.safetensors.index.json", "tokenizer.json")
+
+
+def open_run(args, steps, **depends):
     """The run directory → (its path, updates already done, whether it was evaluated there).
 
-    hashes: of what the run depends on beside its flags, which --resume compares. A new run begins
-    in an empty directory: what an earlier one left is renamed as a whole to NAME-1, NAME-2, …
+    depends: hashes of what the run depends on beside its flags, which --resume compares. A new run
+    begins in an empty directory: what an earlier one left is renamed as a whole to NAME-1, NAME-2,
+    …
     """
     out = Path(args.output_dir)
-    record = vars(args) | hashes
+    record = vars(args) | depends | {"threads": torch.get_num_threads()}
     if args.resume:
         return out, *check_resume(out, steps, record)
 
-    traces = ("args.json", "metrics.jsonl", "checkpoint", "config.json")
     with failing(f"--output-dir {out}: cannot be written"):
-        if any((out / name).exists() for name in traces):
-            number = 1
-            while out.with_name(f"{out.name}-{number}").exists():
-                number += 1
-            earlier = out.with_name(f"{out.name}-{number}")
-            os.replace(out, earlier)
-            print(f"{out}: an earlier run was here; it is kept as {earlier}")
         out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+        if any((out / name).exists() for name in TRACES):
+            here = out.resolve()                             # where it is a link, the link stays
+            number = 1
+            while here.with_name(f"{here.name}-{number}").exists():
+                number += 1
+            earlier = here.with_name(f"{here.name}-{number}")
+            os.replace(here, earlier)
+            print(f"{out}: an earlier run was here; it is kept as {earlier}")
+            out.mkdir(parents=True, exist_ok=True)
+            lock(out)
+            (earlier / "lock").unlink()
         write_beside(out / "metrics.jsonl", "")
         write_beside(out / "args.json", json.dumps(record, indent=1) + "\n")
     return out, 0, False
@@ -1695,30 +1968,61 @@ def check_resume(out, steps, record):
         fail(f"--resume: the checkpoint is after step {done}, but --max-steps and --epochs end "
              f"this run at {steps}.")
     with failing(f"--resume: args.json or metrics.jsonl in {out} cannot be read"):
-        before = dict(json.loads((out / "args.json").read_text(encoding="utf-8")))
+        lock(out)
+        before = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("args.json is no object")
         lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] <= done]
 
-    for name, value in json.loads(json.dumps(record)).items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in FREE or before.get(name) == value:
+    record = json.loads(json.dumps(record))
+    for name, value in record.items():
+        is_flag = not name.endswith("sha256") and name != "threads"
+        what = f"--{name.replace('_', '-')}" if is_flag else name.removesuffix("_sha256")
+        if name not in before:
+            fail(f"--resume: args.json in {out} lacks '{name}': another script or version wrote "
+                 "it.")
+        if name in FREE or before[name] == value:
             continue
-        if name in ANNOUNCED:
-            print(f"--resume: {flag} was {before.get(name)} and is {value} from here on")
-        elif name.endswith("sha256"):
-            fail(f"--resume: the {name.removesuffix('_sha256')} is not what it was at this run's "
-                 "start.")
+        if name == "reward_sha256":
+            print("--resume: the reward is not what it was at this run's start; from here on the "
+                  "new one counts")
+        elif name in ANNOUNCED:
+            print(f"--resume: {what} was {before[name]} and is {value} from here on"
+                  + "; the last digits may differ" * (name == "threads"))
+        elif not is_flag:
+            fail(f"--resume: the {what} is not what it was at this run's start.")
         else:
-            fail(f"--resume: this run began with {flag} {before.get(name)}, not {value}.")
-    write_lines(out / "metrics.jsonl", lines)
+            fail(f"--resume: this run began with {what} {before[name]}, not {value}.")
+    with failing(f"--output-dir {out}: cannot be written"):
+        write_lines(out / "metrics.jsonl", lines)
+        write_beside(out / "args.json", json.dumps(record, indent=1) + "\n")
     return done, any(line["step"] == done and "eval/n" in line for line in lines)
 
 
 def save_tensors(tensors, file):
     """A safetensors file, renamed into place whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    writing = file.with_name(file.name + ".writing")
-    save_file(tensors, writing)
-    os.replace(writing, file)
+    with renamed(file) as writing:
+        try:
+            save_file(tensors, writing)
+        except SafetensorError as error:                     # its word for a full disk
+            raise OSError(f"{writing}: {error}") from error
+
+
+def check_checkpoint(state, model, step):
+    """The tensors of a checkpoint: all there, of this step, and of this model's shapes."""
+    if state["extra step"].item() != step or state["extra tensors"].item() != len(state):
+        raise ValueError("tensors are missing or too many, or it is of another step")
+    shapes = []
+    for name, p in model.named_parameters():
+        weight = state[f"weight {name}"]
+        shapes.append(p.shape)
+        if weight.shape != p.shape or not torch.isfinite(weight).all():
+            raise ValueError(f"{name} has another shape or holds NaN")
+    for key, value in state.items():
+        kind, *i, name = key.split(" ")
+        if kind == "adamw" and name != "step" and value.shape != shapes[int(*i)]:
+            raise ValueError(f"{key} has another shape")
 
 
 def describe_run(model, train, held_out, plan, args, packed):
@@ -1743,13 +2047,20 @@ def describe_run(model, train, held_out, plan, args, packed):
 
 def save_model(out, model, tokenizer):
     """A plain Hugging Face checkpoint in `out`, each file renamed into place whole."""
-    writing = out / "writing"
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            fail(f"the weight {name} holds NaN or an infinity: the run diverged, and nothing of it "
+                 f"is saved but {out}/checkpoint; try a lower --lr.")
+    writing = out / "model.writing"
     shutil.rmtree(writing, ignore_errors=True)
-    model.save_pretrained(writing)
-    tokenizer.save_pretrained(writing)
-    for file in sorted(writing.iterdir()):
-        os.replace(file, out / file.name)
-    writing.rmdir()
+    with failing(f"--output-dir {out}: the model cannot be saved (--resume saves it again)"):
+        model.save_pretrained(writing)
+        tokenizer.save_pretrained(writing)
+        for file in sorted(writing.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)                # config.json last: then all is there
+        writing.rmdir()
+        unlock()
+        (out / "lock").unlink(missing_ok=True)
 
 
 def catch_signals():
@@ -1772,14 +2083,50 @@ def catch_signals():
     return caught
 
 
+class Console:
+    """stdout or stderr as a run uses it: where its reader leaves (`| head -1`) the run goes on."""
+
+    def __init__(self, stream, needed):
+        self.stream = stream
+        self.needed = needed         # whether any other failure, of a full disk, is an error
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def attempt(self, action, *args):
+        try:
+            return action(*args)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.needed and not isinstance(error, BrokenPipeError):
+                raise
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+
 def run(main):
     """main(), with every end that a user or the outside world can cause in one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # a console without "▸" shows "?"
+    sys.stdout = Console(sys.stdout, needed=True)
+    sys.stderr = Console(sys.stderr, needed=False)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)         # one line, however often it is pressed
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RecursionError, torch.OutOfMemoryError) as error:
         fail(f"{first_line(error)}.")
+    except RuntimeError as error:                            # torch's word for it on the CPU
+        if "memory" not in str(error):
+            raise
+        fail(f"not enough memory ({first_line(error)}); a smaller --micro-batch-tokens needs "
+             "less.")
+    finally:
+        unlock()

@@ -74,6 +74,7 @@ import html
 import importlib.util
 import json
 import math
+import os
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -93,12 +94,12 @@ TIE = 1e-4                      # the same completion in another batch differs b
 # --- arguments ------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
+    p = common.Parser(
         description=__doc__.split("\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value …]  (--help lists the flags)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    count = within("[1, inf)", int)
-    natural = within("[0, inf)", int)
+    count = within("[1, 1e12]", int)
+    natural = within("[0, 1e12]", int)
     g = p.add_argument_group("data")
     g.add_argument("--dataset", nargs="+", default=[], help="rows of any format; several files of responses: systems to compare; run directories: their curves")
     g.add_argument("--split", default="train", help="split of a hub dataset")
@@ -135,7 +136,7 @@ def parse_args(argv=None):
     g.add_argument("--tokens", type=new_file, metavar="F.html", help=f"page of up to {PAGE} completions, tokens coloured by their part in the reward")
     g = p.add_argument_group("run")
     g.add_argument("--micro-batch-tokens", type=count, default=8192, help="tokens per forward: memory, not the result")
-    g.add_argument("--seed", type=int, default=0, help="of sampling, rejection and bootstrap")
+    g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of sampling, rejection and bootstrap")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     args = p.parse_args(argv)
@@ -146,8 +147,15 @@ def parse_args(argv=None):
 def new_file(text):
     """An argparse type: a file that can be written."""
     file = Path(text)
-    if file.is_dir() or not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: its folder is missing, or it is a folder")
+    try:
+        usable = text.strip() and not file.is_dir() and file.parent.is_dir()
+    except (OSError, ValueError):                            # a name that no file can have
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60}: its folder is missing, it is a folder, or it is no name")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} cannot be written")
     return text
 
 
@@ -194,12 +202,33 @@ def check_flags(args, error):
     if args.pairs and args.policy and args.samples < 2 and not args.keep_chosen:
         error("--pairs needs two completions of a prompt: --samples 2 or more, or --keep-chosen")
 
-    files = list(filter(None, [args.output, args.pairs, args.plot, args.tokens]))
-    written = {Path(file).absolute() for file in files}
-    written -= {Path(source).absolute() for source in sources(args)}
-    if len(written) < len(files):
-        error(f"--output, --pairs, --plot and --tokens ({', '.join(files)}) must be different "
-              "files, and none of them the data")
+    check_files(args)
+
+
+def check_files(args):
+    """Nothing is written over what is read, whatever links lead there."""
+    reads = []
+    for name in ("reward_model", "implicit", "ref_model", "policy", "chat_template"):
+        value = getattr(args, name)
+        if value is not None:
+            for path in value if isinstance(value, list) else [value]:
+                reads.append((f"--{name.replace('_', '-')}", path))
+    if not args.reward_model and not args.implicit:
+        reads.append(("--reward-model", "runs/rm"))
+    for source in sources(args):                             # of a run directory its curves
+        with common.failing(f"--dataset {source:.60}: it is no name"):
+            run = Path(source) / "metrics.jsonl"
+            reads.append(("--dataset", str(run) if Path(source).is_dir() else source))
+
+    writes = []
+    for name in ("output", "pairs", "plot", "tokens"):
+        if getattr(args, name):
+            writes.append((f"--{name}", getattr(args, name)))
+    common.check_paths(reads, writes)
+    if args.by is not None and not args.by:
+        fail("--by: '' is no column.")
+    if args.split != "train" and all(Path(source).exists() for source in sources(args)):
+        fail(f"--split {args.split}: files have no splits.")
 
 
 def sources(args):
@@ -963,7 +992,7 @@ def output_rows(table, several_systems, confidence):
 
 def write_jsonl(file, rows):
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    Path(file).write_text("".join(lines), encoding="utf-8")
+    common.write_beside(file, "".join(lines))
     print(f"{file}: {len(lines):,} rows")
 
 
@@ -1104,7 +1133,7 @@ def write_tokens(file, table, scorer, args, autocast):
 
     what = "change of the prefix score" if scorer.beta is None else "β log π/π_ref"
     page = tokens_page(shown, f"Each token's part in the reward: {what} of {scorer.name}")
-    Path(file).write_text(page, encoding="utf-8")
+    common.write_beside(file, page)
     print(f"{file}: {len(shown)} completions, tokens coloured by {what} of {scorer.name}")
 
 

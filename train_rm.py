@@ -120,13 +120,13 @@ SAVE_SECONDS = 600                                   # a checkpoint at least thi
 # --- arguments ------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
+    p = common.Parser(
         description=__doc__.split("\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value …]  (--help lists the flags)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # --- shared: flags ---
-    count = within("[1, inf)", int)
-    natural = within("[0, inf)", int)
+    count = within("[1, 1e12]", int)
+    natural = within("[0, 1e12]", int)
     g = p.add_argument_group("model and data")
     g.add_argument("--model", default=f"{TOY}/model", help="directory or hub id to start from")
     g.add_argument("--dataset", default="", help=".json .jsonl .csv .parquet (also .gz) or hub id")
@@ -148,7 +148,7 @@ def parse_args(argv=None):
     g.add_argument("--micro-batch-tokens", type=count, default=8192, help="tokens per forward: memory, not the result")
     g.add_argument("--learning-rate", "--lr", type=within("[0, inf)"), default=0.0, help="peak; the default suits the toy")
     g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after warm-up, to 0")
-    g.add_argument("--warmup-steps", type=int, default=-1, help="linear warm-up (< 0: a tenth of the steps)")
+    g.add_argument("--warmup-steps", type=within("[-1, 1e12]", int), default=-1, help="linear warm-up (< 0: a tenth of the steps)")
     g.add_argument("--weight-decay", type=within("[0, inf)"), default=0.0, help="AdamW's")
     g.add_argument("--max-grad-norm", type=within("[0, inf)"), default=1.0, help="clip the gradient's norm (0 = never)")
     g.add_argument("--eval-every", type=natural, default=0, help="steps between evaluations (0 = start and end only)")
@@ -170,8 +170,7 @@ def parse_args(argv=None):
     for flag in ("label_smoothing", "center_coef"):
         if getattr(args, flag) != p.get_default(flag) and flag not in LOSSES[args.loss].reads:
             p.error(f"--loss {args.loss} does not read --{flag.replace('_', '-')}: drop it")
-    if Path(args.output_dir).resolve() == Path(args.model).resolve():
-        p.error("--output-dir holds the starting model: choose another")
+    common.check_run(args, ("model", "dataset", "eval_dataset", "chat_template"))
     return args
 
 
@@ -417,18 +416,26 @@ def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
     extra: name → number, what the loop remembers besides. No random state is kept: every random
-    draw is a function of the seed and the step. The checkpoint before this one stays too.
+    draw is a function of the seed and the step. The checkpoint before this one stays too, and
+    weights that are not finite take nobody's place.
     """
     state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
             state[f"adamw {i} {name}"] = value.contiguous()
-    for name, value in extra.items():
+    for name, value in (extra | {"step": step, "tensors": len(state) + len(extra) + 2}).items():
         state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
-    before = common.newest_checkpoint(out)[1]
-    common.save_tensors(state, file)
+    done, before = common.newest_checkpoint(out)
+    kept = f"--resume goes on from step {done}" if done else "there is no checkpoint before it"
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        fail(f"step {step}: the weights are no longer finite numbers, so they are not saved; "
+             f"{kept}, with a lower --lr.")
+    try:
+        common.save_tensors(state, file)
+    except OSError as error:
+        fail(f"step {step}: the checkpoint cannot be written ({common.first_line(error)}); {kept}.")
     for old in folder.glob("step-*.safetensors"):
         if old not in (before, file):
             old.unlink()
@@ -436,14 +443,16 @@ def save_checkpoint(out, model, optimizer, step, extra):
 
 def load_checkpoint(out, model, optimizer):
     """Restores model and optimizer from the newest checkpoint of a run directory → extra."""
-    file = common.newest_checkpoint(out)[1]
-    with common.failing(f"--resume: the checkpoint {file} cannot be read"):
+    done, file = common.newest_checkpoint(out)
+    with common.failing(f"--resume: the checkpoint {file} cannot be read; without it, that of an "
+                        "earlier step is taken"):
         state = load_file(file)
     moments = {}
     extra = {}
-    with common.failing(f"--resume: the checkpoint {file} is not of this model"), torch.no_grad():
+    with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
+        common.check_checkpoint(state, model, done)
         for name, p in model.named_parameters():
-            p.copy_(state.pop(f"weight {name}").view(p.shape))
+            p.copy_(state.pop(f"weight {name}"))
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
@@ -452,6 +461,7 @@ def load_checkpoint(out, model, optimizer):
                 moments.setdefault(int(*i), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    del extra["step"], extra["tensors"]                      # what the file says of itself
     return extra
 
 
@@ -496,12 +506,13 @@ def main(argv=None):
     if encoder.tokenizer.pad_token_id is None:               # transformers scores no batch without
         encoder.tokenizer.pad_token_id = model.config.pad_token_id
     packed = common.can_pack(model, train, reward_scores)
+    depends = {}                                             # beside data and model: nothing
 
     # --- shared: open the run ---
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
-    hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
-    hashes["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.open_run(args, len(plan), **hashes)
+    depends["data_sha256"] = common.data_fingerprint(train + held_out)
+    depends["model_sha256"] = common.model_fingerprint(model)
+    out, start, evaluated = common.open_run(args, len(plan), **depends)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
