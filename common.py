@@ -748,7 +748,7 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
             account.dropped["with no room for a completion"] += 1
         elif not all(fits) and overlong == "drop":
             account.dropped[f"over --max-length {max_length}"] += 1
-        elif len(ids) == 2 and ids[0] == ids[1] and group.scores:  # one is said to be better
+        elif len(ids) > 1 and group.scores and all(one == ids[0] for one in ids):
             account.dropped["with completions of identical tokens"] += 1
         else:
             group.completion_ids = ids
@@ -916,6 +916,57 @@ def compare(groups, label_smoothing=0.0, device=None):
     better, worse, prompt = torch.tensor(places, device=device).long().view(-1, 3).T.contiguous()
     weight, p, margin = torch.tensor(values, device=device).view(-1, 3).T.contiguous()
     return Comparisons(better, worse, weight, p, margin, prompt)
+
+
+def number_prompts(groups):
+    """Which prompt each group has, (groups,): rows of one prompt share a number, so a cluster."""
+    numbers = {}
+    return torch.tensor([numbers.setdefault(str(g.prompt_ids), len(numbers)) for g in groups])
+
+
+class Proportion(NamedTuple):
+    """A mean of values from 0 (wrong) to 1 (right) and its interval by Wilson (1927)."""
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half(self):
+        """Half the width of the interval: what stands behind a ±."""
+        return (self.high - self.low) / 2
+
+
+def proportion(values, cluster, weight=None, z=1.0):
+    """Mean of values between 0 and 1, with an interval of z standard errors → Proportion.
+
+    values (M,): 1 right, 0 wrong, 1/2 a tie; cluster (M,): the prompt of each, as a number. What
+    is said of one prompt is not independent: Wilson's formula gets n = p (1 − p) / V, where V is
+    the variance of the mean over prompts, at least that of independent values. Ties vary less:
+    where all values are ties, V and the width are 0. Where all are right, or all wrong, or of one
+    prompt, n is the number of prompts, and the width is not 0.
+    """
+    values = values.double()
+    weight = torch.ones_like(values) if weight is None else weight.double()
+    weight = weight / weight.sum()
+    prompts = len(cluster.unique())
+    p = (weight * values).sum().item()
+    alike = bool(values.min() == values.max())
+    p = values[0].item() if alike else p                     # without rounding
+    if alike and 0 < p < 1:
+        return Proportion(p, p, p)
+    if alike or prompts == 1:
+        n = prompts
+    else:
+        apart = weight * (values - p)                                            # (M,)
+        by_prompt = sum_by(apart, cluster, int(cluster.max()) + 1)
+        among = by_prompt.square().sum().item() * prompts / (prompts - 1)
+        n = p * (1 - p) / max(among, apart.square().sum().item())
+
+    # Wilson's interval: all p' with |p − p'| ≤ z √(p' (1 − p') / n).
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Proportion(p, (middle - half) / scale, (middle + half) / scale)
 
 
 # ④ pack -------------------------------------------------------------------------------------------
@@ -1366,15 +1417,16 @@ def calibrate(scores, lengths, curve, mean):
     return torch.as_tensor(scores, dtype=torch.float64) - expected + mean
 
 
-def length_curve(scores, lengths, bins=20):
+def length_curve(scores, lengths, bins=50):
     """[[mean length, mean score], …] of about equally full bins: what length alone predicts.
 
+    A length that fills a bin by itself has one of its own.
     The paper of calibrate() fits a locally weighted regression; means of bins serve as well.
     """
     lengths = torch.as_tensor(lengths, dtype=torch.float64)
     scores = torch.as_tensor(scores, dtype=torch.float64)
-    edges = lengths.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).unique()
-    bin_of = torch.searchsorted(edges, lengths).clamp(min=1)
+    edges = lengths.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:]).unique()
+    bin_of = torch.searchsorted(edges, lengths)              # the first edge that is not below it
     curve = []
     for one in bin_of.unique():
         inside = bin_of == one

@@ -7,7 +7,8 @@
 With no flags it trains on the toy of tests/toy (sums) and ends with the fraction of unseen sums
 whose correct completion it prefers: about 99 %. Before the first step that is whatever the random
 head gives (54.5, 21.0, 32.5 % for seeds 0 to 2); it is measured and reported, and beside its loss
-stands that of an uninformative score: 0.6931 = log 2.
+stands that of an uninformative score: 0.6931 = log 2. A head that starts at zero begins there and
+ranks as well at the end, but its scores stay smaller: held-out loss 0.17 instead of 0.07.
 
 Differs from the papers in: the score is read at the last token *by length*, whatever its id, and
 the head has no bias (a constant changes no comparison). The result is a plain
@@ -77,13 +78,15 @@ for padding and reads the token before. Variants are one function and one row of
 #
 #    Ties are not compared: each is a choice out of itself and those that are strictly worse.
 #
-# 6. Centring, `--center-coef c`, picks the member of the class (3) whose pairs have mean score 0
-#    (Eisenstein et al. 2023, arXiv 2312.09244; mean over pairs):
+# 6. Centring, `--center-coef c`, picks the member of the class (3) whose prompts have mean score 0
+#    (Eisenstein et al. 2023, arXiv 2312.09244, who have pairs only; mean over prompts):
 #
-#        L + c ( r_w + r_l )²,    gradient 2c ( r_w + r_l ) [ ∇ r_w + ∇ r_l ]                 (10)
+#        L + c ( 2/K Σ_k r_k )²,    for a pair c ( r_w + r_l )²                               (10)
 #
-#    It moves r_w + r_l while (4) moves r_w − r_l: it fixes the offset and not what is preferred. A
-#    large c would still cost capacity; 0.01 is usual.
+#    It moves the mean of a prompt's scores while (4) moves their differences: it fixes the offset
+#    and not what is preferred. The sum of (r_i + r_j)² over all pairs of a list would not do: it is
+#    (K − 2) Σ r² + (Σ r)², and its first term shrinks the differences. A large c would still cost
+#    capacity; 0.01 is usual.
 #
 # 7. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists
 #    and a confident tone do so in most data. Hence accuracy is reported where the chosen completion
@@ -162,7 +165,7 @@ def parse_args(argv=None):
     losses = [f"{name}: {row.function.__doc__.splitlines()[0]}" for name, row in LOSSES.items()]
     g.add_argument("--loss", choices=LOSSES, default="bradley-terry", help="; ".join(losses))
     g.add_argument("--label-smoothing", type=within("[0, 0.5)"), default=0.0, help="probability that a label is wrong (5)")
-    g.add_argument("--center-coef", type=within("[0, inf)"), default=0.0, help="weight of (r_w + r_l)², which fixes the offset (10)")
+    g.add_argument("--center-coef", type=within("[0, inf)"), default=0.0, help="weight of (2 · mean score of a prompt)², which fixes the offset (10)")
     p.set_defaults(dataset=f"{TOY}/pairs.jsonl", learning_rate=3e-4)
     args = p.parse_args(argv)
 
@@ -261,8 +264,10 @@ def micro_loss(rewards, groups, args):
     weight = x.weight if loss.per == "pairs" else torch.ones_like(losses)
     terms = losses * weight
     if args.center_coef:
-        centre = args.center_coef * (rewards[x.chosen] + rewards[x.rejected]) ** 2   # (M,)  (10)
-        terms = torch.cat([terms, centre * x.weight])
+        sizes = torch.tensor([len(g.completion_ids) for g in groups], device=rewards.device)
+        owner = torch.arange(len(groups), device=rewards.device).repeat_interleave(sizes)
+        middle = common.sum_by(rewards, owner, len(groups)) / sizes              # (groups,)
+        terms = torch.cat([terms, args.center_coef * (2 * middle) ** 2])         # (10)
     sums = measure(x, terms.detach())
     return terms.sum(), sums
 
@@ -302,6 +307,12 @@ def correlation(x, y):
     return (x_centred @ y_centred).item() / norms if norms > 0 else None
 
 
+def calibration_error(correct, sure):
+    """ECE of M pairs: of each bin |fraction correct − mean probability|, weighted by its pairs."""
+    bins = ((sure - 0.5) * 10).long().clamp(max=4)                               # (M,)
+    return common.sum_by(correct - sure, bins, 5).abs().sum().item() / len(sure)
+
+
 def evaluate(groups, scores, args):
     """Exact means over all pairs of the groups (never a mean of batch means); scores: (N,).
 
@@ -309,6 +320,8 @@ def evaluate(groups, scores, args):
     label 1, −h with label 0), for with the chosen one always first the label would say nothing. The
     two ways mirror each other, so five bins over the probability of the preferred side, 0.5 to 1,
     hold the same number.
+    eval/ece_floor: what it would be of a perfectly calibrated model with these h, by chance alone;
+    about 0.05 for 200 pairs.
     eval/length_accuracy: what the better of "the longer wins" and "the shorter wins" gets right,
     without any model.
     """
@@ -322,14 +335,18 @@ def evaluate(groups, scores, args):
     result = means(micro_loss(rewards, groups, args)[1], groups)
     result |= {"n": n, "rewards/accuracies": accuracy.item()}
 
-    # Pairs of one list are not independent: the error of a ratio of sums over prompts. Where every
-    # prompt has one pair it is √(p(1 − p)/n).
-    by_prompt = common.sum_by(correct - accuracy, pairs.prompt, len(groups))
-    result["accuracy_se"] = by_prompt.norm().item() / n
+    # Pairs of one prompt are not independent.
+    cluster = common.number_prompts(groups)[pairs.prompt]                        # (M,)
+    result["accuracy_se"] = common.proportion(correct, cluster).half
 
     sure = torch.sigmoid(h.abs())                                                # (M,) 0.5 … 1
-    bins = ((sure - 0.5) * 10).long().clamp(max=4)                               # (M,)
-    result["ece"] = common.sum_by(correct - sure, bins, 5).abs().sum().item() / n
+    result["ece"] = calibration_error(correct, sure)
+    generator = torch.Generator().manual_seed(0)
+    floor = []
+    for _ in range(100):
+        drawn = torch.rand(n, generator=generator, dtype=torch.float64) < sure
+        floor.append(calibration_error(drawn.double(), sure))
+    result["ece_floor"] = sum(floor) / 100
     result["score_mean"] = rewards.mean().item()
     result["score_std"] = rewards.std(correction=0).item()
 
@@ -360,6 +377,7 @@ def eval_line(step, result, expected=None):
         line += f" ({expected:.4f} if all scores were equal)"
     line += f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} %"
     line += f" of {r['n']:,} pairs, margin {r['rewards/margins']:.3f}, ECE {r['ece']:.3f}"
+    line += f" (perfect calibration: {r['ece_floor']:.3f})"
     line += f", scores {r['score_mean']:.2f} ± {r['score_std']:.2f}"
     line += f"\n  length: alone it gets {percent('length_accuracy')}"
     line += f"; accuracy {percent('accuracy_longer')} where the chosen completion is the longer"
@@ -392,12 +410,15 @@ def note_statistics(config, groups, scores):
     """Mean, std and length curve of the scores (N,), into the config.
 
     With them score.py and GRPO put on one scale the scores of different models and of completions
-    of different lengths.
+    of different lengths. Scores without their length trend vary less: their std is kept, too.
     """
     rewards = scores.double()
+    lengths = completion_lengths(groups)
     config.reward_mean = rewards.mean().item()
     config.reward_std = rewards.std(correction=0).item()
-    config.reward_by_length = common.length_curve(rewards, completion_lengths(groups))
+    config.reward_by_length = common.length_curve(rewards, lengths)
+    calibrated = common.calibrate(rewards, lengths, config.reward_by_length, config.reward_mean)
+    config.reward_std_calibrated = calibrated.std(correction=0).item()
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
