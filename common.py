@@ -148,6 +148,7 @@ class Account:
     truncated: int = 0
     dropped: Counter = field(default_factory=Counter)   # reason → rows
     looks_special: int = 0          # rows with text that looks like a special token
+    conflicts: int = 0              # completions called good in one row and bad in another
     template_rewrites: bool = False  # whether the chat template changes some completions
 
     def __str__(self):
@@ -159,6 +160,9 @@ class Account:
         if self.looks_special:
             line += f"\n  {self.looks_special:,} rows hold text that looks like a special token"
             line += "; it is encoded as ordinary text"
+        if self.conflicts:
+            line += f"\n  {self.conflicts:,} completions are chosen in one row and rejected in another"
+            line += " of the same prompt"
         if self.template_rewrites:
             line += "\n  the chat template rewrites some completions (trims or moves text)"
             line += "; what it writes is used"
@@ -760,6 +764,24 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
     return kept
 
 
+def conflicting(groups):
+    """How many completions are the best in one row and the worst in another of the same prompt.
+
+    Of a pair or list the highest score is the best, of single completions the label says it.
+    """
+    good = set()
+    bad = set()
+    for g in groups:
+        both = len(set(g.scores)) > 1
+        for text, score in zip(g.completions, g.scores):
+            said = (json.dumps(g.prompt), text)
+            if score == (max(g.scores) if both else 1):
+                good.add(said)
+            elif score == (min(g.scores) if both else 0):
+                bad.add(said)
+    return len(good & bad)
+
+
 def load_groups(source, args, encoder, usable, max_length, what, prepare=None, why=""):
     """Rows of a source → tokenised groups. Prints the account and one example with its boundary.
 
@@ -770,6 +792,7 @@ def load_groups(source, args, encoder, usable, max_length, what, prepare=None, w
     if prepare:
         groups = prepare(groups, account)
     groups = tokenise(groups, account, encoder, max_length, args.overlong, f"tokenise {what}")
+    account.conflicts = conflicting(groups)
     print(f"{what}: {account}")
     if not groups:
         fail(f"{source}: no rows are left; the line above says why.")

@@ -32,7 +32,8 @@ value, where Mudgal et al. 2023 learn that value.
 #    Either is known up to a constant of the prompt only, so what is read off is a difference:
 #    p(y ≻ y') = σ(r − r'). Several reward models have no common unit: each is z-scored by the mean
 #    and std that train_rm.py stored, then the mean or the minimum is taken (Coste et al. 2023,
-#    arXiv 2310.02743, eq. 3–4). Where they disagree, the completion is unlike what they were
+#    arXiv 2310.02743, eq. 3–4), or the mean less λ times the std of their scores (eq. 5 there takes
+#    the variance). Where they disagree, the completion is unlike what they were
 #    trained on, and none of them should be believed. That they agree is no proof that they are
 #    right: models trained on the same data share its blind spots.
 #
@@ -90,6 +91,7 @@ from common import FORMATS, Account, Group, Sample, fail, token_logps, within
 TOY = Path(__file__).parent / "tests" / "toy"
 PAGE = 100                      # completions on a --tokens page
 TIE = 1e-4                      # the same completion in another batch differs by less
+GIVES = ("pair", "list", "label", "response")        # formats with completions to score
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -113,7 +115,9 @@ def parse_args(argv=None):
     g.add_argument("--overlong", choices=["drop", "truncate"], default="drop", help="groups over --max-length")
     g = p.add_argument_group("reward")
     g.add_argument("--reward-model", nargs="+", default=[], metavar="DIR", help="one or several; default: runs/rm, which train_rm.py makes")
-    g.add_argument("--aggregate", choices=["mean", "min"], default="mean", help="of several reward models, each z-scored")
+    g.add_argument("--aggregate", choices=["mean", "min", "mean-std"], default="mean", help="of several reward models, each z-scored; mean-std: minus --std-coef times their std")
+    g.add_argument("--reward-weights", nargs="+", type=within("(0, inf)"), default=[], metavar="W", help="of the mean, one per --reward-model (none: 1 each)")
+    g.add_argument("--std-coef", type=within("(0, inf)"), default=1.0, help="--aggregate mean-std: λ, the price of disagreement")
     g.add_argument("--implicit", metavar="POLICY", help="score by the implicit reward of this policy against --ref-model (1)")
     g.add_argument("--ref-model", help="reference policy: of --implicit, and of KL(π‖π_ref) with --policy")
     g.add_argument("--beta", type=within("(0, inf)"), help="scale of the implicit reward (1), temperature of --select rso (5); default: with --implicit that in the policy's args.json, else 0.1")
@@ -133,6 +137,9 @@ def parse_args(argv=None):
     g.add_argument("--select", choices=["best", "rso"], help="--output: the best of --samples, or rejection sampling (5)")
     g.add_argument("--rso-keep", type=natural, default=0, metavar="M", help="--select rso: rounds until M samples of each prompt are kept (0 = one round)")
     g.add_argument("--by", metavar="COLUMN", help="the result for each value of this column too")
+    g.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="rows whose scores stand beside in the histogram and --plot: the training data beside a test")
+    g.add_argument("--untrained", metavar="DIR", help="a base model: the histogram and --plot also show what a new, random head on it says")
+    g.add_argument("--tensorboard", action="store_true", help="run directories: write their curves for tensorboard, in RUN/tensorboard")
     g.add_argument("--plot", type=figure_file, metavar="F.png", help="histogram of the scores, or curves of run directories (needs matplotlib)")
     g.add_argument("--tokens", type=new_file, metavar="F.html", help=f"page of up to {PAGE} completions, tokens coloured by their part in the reward")
     g = p.add_argument_group("run")
@@ -172,8 +179,18 @@ def check_flags(args, error):
               "β log π/π_ref")
     if args.ref_model and not (args.implicit or args.policy):
         error("--ref-model is of use with --implicit or with --policy only")
-    if args.aggregate == "min" and len(args.reward_model) < 2:
-        error("--aggregate min needs several --reward-model")
+    if args.aggregate != "mean" and len(args.reward_model) < 2:
+        error(f"--aggregate {args.aggregate} needs several --reward-model")
+    if args.reward_weights and len(args.reward_weights) != max(2, len(args.reward_model)):
+        error("--reward-weights needs several --reward-model, and one number for each")
+    if args.reward_weights and args.aggregate == "min":
+        error("--reward-weights belong to a mean: drop them or --aggregate min")
+    if args.std_coef != 1 and args.aggregate != "mean-std":
+        error("--std-coef goes with --aggregate mean-std")
+    if args.tensorboard and not all(Path(source).is_dir() for source in sources(args)):
+        error("--tensorboard writes the curves of run directories: give those as --dataset")
+    if args.untrained and args.implicit:
+        error("--untrained stands beside a --reward-model, not --implicit")
 
     if not args.policy and (sampling or args.keep_chosen):
         error("--samples, --num-beams and --keep-chosen need --policy, which makes the completions")
@@ -197,7 +214,7 @@ def check_flags(args, error):
 
     files = list(filter(None, [args.output, args.pairs, args.plot, args.tokens]))
     written = {Path(file).absolute() for file in files}
-    written -= {Path(source).absolute() for source in sources(args)}
+    written -= {Path(source).absolute() for source in sources(args) + args.beside}
     if len(written) < len(files):
         error(f"--output, --pairs, --plot and --tokens ({', '.join(files)}) must be different "
               "files, and none of them the data")
@@ -326,7 +343,7 @@ def histogram(series, bins=12, width=28):
         counts[name] = Counter(min(bins - 1, int((v - low) / step)) for v in values)
         tallest = max(tallest, max(counts[name].values()) / len(values))
 
-    lines = [" " * 11 + "".join(f"{name[-width + 8:]:<{width}}" for name in series)]
+    lines = [" " * 11 + "".join(f"{name[-width + 2:]:<{width}}" for name in series)]
     for b in range(bins):
         line = f"{low + b * step:>10.3f} "
         for name, values in series.items():
@@ -440,7 +457,7 @@ def p_better(a, b):
 
 def load_files(args):
     """The files of --dataset → [System]."""
-    gives = ("pair", "list", "label", "response")
+    gives = GIVES
     if args.policy:
         gives = ("pair", "response") if args.keep_chosen else ("pair", "prompt")
     usable_formats = [name for name, row in FORMATS.items() if row.gives in gives]
@@ -744,7 +761,7 @@ def unit_of(scorer, values, lengths, args):
 def aggregate(table, scorers, args):
     """raw → calibrated, plain, score and spread of the whole table.
 
-    One scorer: its own unit. Several: z-scored, then mean or minimum.
+    One scorer: its own unit. Several: z-scored, then joined by --aggregate.
     """
     raw = tensor([c.raw for c in table])                                         # (N, M)
     lengths = [c.length for c in table]
@@ -765,7 +782,14 @@ def aggregate(table, scorers, args):
             width = "reward_std_calibrated" if args.calibrate_length else "reward_std"
             scale_calibrated[m] = unit[width] or 1.0
 
-    combine = min if args.aggregate == "min" else mean
+    factors = args.reward_weights or [1.0] * len(scorers)
+
+    def combine(scores):
+        if args.aggregate == "min":
+            return min(scores)
+        average = sum(w * s for w, s in zip(factors, scores)) / sum(factors)
+        return average - args.std_coef * std(scores) if args.aggregate == "mean-std" else average
+
     plain = ((raw - middle) / scale).tolist()
     final = ((calibrated - middle) / scale_calibrated).tolist()
     for c, own, before, after in zip(table, calibrated.tolist(), plain, final):
@@ -773,6 +797,49 @@ def aggregate(table, scorers, args):
         c.plain = combine(before)
         c.score = combine(after)
         c.spread = std(before)
+
+
+def load_beside(args):
+    """The files of --beside → [System]."""
+    usable = [name for name, row in FORMATS.items() if row.gives in GIVES]
+    systems = []
+    for source in args.beside:
+        groups, account = common.read_groups(
+            source, usable, args.split, args.columns, args.limit, args.prefer)
+        if not groups:
+            fail(f"{account}; no rows are left.")
+        systems.append(System(source, FORMATS[account.format].gives, groups, account))
+    return systems
+
+
+def series_of(systems, table):
+    """{what the completions are, of which file: their scores}"""
+    series = {}
+    for c in table:
+        name = c.shown_as
+        if c.system.gives == "pair":
+            name += f" of {Path(c.system.name).stem}"
+        series.setdefault(name, []).append(c.score)
+    return series
+
+
+def untrained_series(table, args, device, autocast):
+    """What a new head on a base model says of the same completions: before any training, chosen
+    and rejected are alike."""
+    encoder = common.load_encoder(args.untrained, args.chat_template, args.chat, "--untrained")
+    torch.manual_seed(args.seed)
+    model = common.load_reward_model(args.untrained, encoder, device, "--untrained", new_head=True)
+    if hasattr(model.config, "reward_mean"):
+        fail(f"--untrained {args.untrained} is a trained reward model: give its base model.")
+    scorer = Scorer(args.untrained, encoder, [model])
+    groups = [siblings[0].group for siblings in by_group(table)]
+    account = Account(args.untrained, "histogram", len(groups))
+    views = read_as(scorer, groups, account, args.max_length, args.overlong)
+    if not views:
+        fail(f"--untrained {args.untrained} has no room for any of these rows.")
+    kept = [c for c in table if id(c.group) in views]
+    values = scorer.measure(list(views.values()), args, autocast).tolist()
+    return gather(values, [c.shown_as for c in kept])
 
 
 # --- report ---------------------------------------------------------------------------------------
@@ -787,6 +854,8 @@ def describe_reward(scorers, table, args):
         what = (f"{args.aggregate} of {len(scorers)} z-scored models; they differ by "
                 f"{mean([c.spread for c in table]):.3f} (mean std per completion)")
     print(f"reward: {what}")
+    for m, scorer in enumerate(scorers):
+        report_unusual(scorer, [c.raw[m] for c in table])
 
     data = [Path(source).resolve() for source in sources(args)]
     for scorer in scorers:
@@ -796,6 +865,21 @@ def describe_reward(scorers, table, args):
             if trained_on and Path(trained_on).resolve() in data:
                 print(f"note: {scorer.name} was trained on rows of this very data, so this is no "
                       "test of it")
+
+
+def report_unusual(scorer, values):
+    """An alarm: scores far from those of the training completions are an extrapolation."""
+    config = scorer.models[0].config
+    if scorer.beta is not None or not getattr(config, "reward_std", 0):
+        return
+    z = (tensor(values) - config.reward_mean) / config.reward_std                # (N,)
+    far = (z.abs() > 3).sum().item()
+    share = 100 * far / len(z)
+    line = (f"{scorer.name}: {share:.1f} % of {len(z):,} scores lie more than 3 standard deviations "
+            f"from those of its training completions, from {z.min():+.1f} to {z.max():+.1f}")
+    if share > 5:
+        line += ": these are unlike what it was trained on, do not trust it here"
+    print(line)
 
 
 def prompts_of(part):
@@ -1176,12 +1260,19 @@ def write_tokens(file, table, scorer, args, autocast):
     print(f"{file}: {len(shown)} completions, tokens coloured by {what} of {scorer.name}")
 
 
-def plot_scores(file, series):
-    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
-    labels = [f"{n}: {mean(v):.2f} ± {std(v):.2f}" for n, v in series.items()]
-    axes.hist(list(series.values()), bins=40, histtype="stepfilled", alpha=0.5, label=labels)
-    axes.set(xlabel="reward", ylabel="completions")
-    axes.legend()
+def plot_scores(file, panels):
+    """A histogram for each panel: title → {name: scores}. Counts become densities where the files
+    are of different sizes."""
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(7 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (title, series) in zip(axes[0], panels.items()):
+        labels = [f"{n}: {mean(v):.2f} ± {std(v):.2f}" for n, v in series.items()]
+        density = len(set(map(len, series.values()))) > 1
+        axis.hist(
+            list(series.values()), bins=40, histtype="stepfilled", alpha=0.5, label=labels,
+            density=density)
+        axis.set(xlabel="reward", ylabel="density" if density else "completions", title=title)
+        axis.legend()
     figure.savefig(file, dpi=150)
     print(f"{file}: histogram")
 
@@ -1214,6 +1305,9 @@ def read_curves(run):
 
 def compare_runs(args):
     """First and last value of every metric of run directories in the terminal, curves in --plot."""
+    if args.tensorboard:
+        for run in args.dataset:
+            write_tensorboard(run, read_curves(run))
     if args.policy or args.output or args.pairs or args.tokens:
         fail("--dataset with run directories goes with --plot, not with --policy, --output, "
              "--pairs or --tokens.")
@@ -1234,6 +1328,15 @@ def compare_runs(args):
         print(f"{name:<28}" + "   ".join(ends))
     if args.plot:
         plot_curves(args.plot, runs, sorted(changing))
+
+
+def write_tensorboard(run, curves):
+    with common.failing("--tensorboard: it needs pip install tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(Path(run) / "tensorboard") as writer:
+        for name, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(name, value, step)
 
 
 def plot_curves(file, runs, names):
@@ -1277,19 +1380,29 @@ def main(argv=None):
             system.alias += f" ({number})"
 
     # --- score
+    beside = load_beside(args)
     table = []
-    for system in systems:
+    for system in systems + beside:
         table += score_system(system, scorers, args, autocast)
     aggregate(table, scorers, args)
+    others = [c for c in table if c.system in beside]
+    table = [c for c in table if c.system not in beside]
 
     # --- report
     describe_reward(scorers, table, args)
     series = report(systems, table, args)
-    print(histogram(series))
+    series |= series_of(beside, others)
+    panels = {scorers[0].name: series}
+    if args.untrained:
+        panels[f"{args.untrained}, a new head"] = untrained_series(table, args, device, autocast)
+    for title, shown in panels.items():
+        if len(panels) > 1:
+            print(title)
+        print(histogram(shown))
 
     # --- write
     if args.plot:
-        plot_scores(args.plot, series)
+        plot_scores(args.plot, panels)
     if args.tokens:
         write_tokens(args.tokens, align(systems, table), scorers[0], args, autocast)
     if args.output and not args.select:

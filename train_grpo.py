@@ -710,6 +710,8 @@ def model_reward(path, what, args, device):
             lengths = [len(g.completion_ids[0]) for g in scored]
             values = common.calibrate(values, lengths, curve, mean)
         return (checked(values, texts, what) - mean) / std
+
+    reward.unit = hasattr(model.config, "reward_mean")
     return reward
 
 
@@ -859,7 +861,18 @@ def reward_means(rollout):
     return {name: r.nanmean().item() for name, r in columns.items() if not r.isnan().all()}
 
 
-def describe(rollout, args):
+def unusual(rollout, rewards):
+    """Of each reward model, the fraction of scores more than 3 stored standard deviations from the
+    mean of its training completions: unlike anything that it learnt from."""
+    result = {}
+    for name, reward in rewards.items():
+        if getattr(reward, "unit", False):
+            far = rollout.rewards[name].abs() > 3
+            result[f"rewards/{name}/unusual"] = far.double().mean().item()
+    return result
+
+
+def describe(rollout, rewards, args):
     """Metrics of a step's samples: rewards, lengths, repetition, time."""
     r = rollout.by_prompt(rollout.reward)                                        # (P, G)
     lengths = rollout.lengths.double()                                           # (N,)
@@ -867,7 +880,7 @@ def describe(rollout, args):
     for p in range(len(rollout.groups)):
         different = set(map(tuple, rollout.ids[rollout.span(p)]))
         repeated.append(1 - len(different) / rollout.size)
-    result = reward_means(rollout) | {
+    result = reward_means(rollout) | unusual(rollout, rewards) | {
         "frac_reward_zero_std": zero_variance(r).double().mean().item(),
         "completions/sampled_groups": len(rollout.groups),
         "completions/mean_length": lengths.mean().item(),
@@ -1138,6 +1151,7 @@ def main(argv=None):
     steps = range(start, len(plan))
     bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
     # --- end shared ---
+    alarmed = set()                  # reward models that were said to be out of their depth
     recent = []                      # rows of completions.jsonl: the last eight steps
     if start and (out / "completions.jsonl").is_file():
         rows = common.read_lines(out / "completions.jsonl")
@@ -1152,7 +1166,12 @@ def main(argv=None):
             rollout = every
             if args.dynamic_sampling:
                 rollout, every = fill(every, sample_more, train, plan[step], args, step)
-        metrics = describe(every, args)
+        metrics = describe(every, rewards, args)
+        for name in set(rewards) - alarmed:
+            if metrics.get(f"rewards/{name}/unusual", 0) > 0.05:
+                alarmed.add(name)
+                tqdm.write(f"step {step + 1}: more than 5 % of the scores of {name} lie 3 standard "
+                           "deviations from those of its training: do not trust it here")
 
         # Learn from it: --updates-per-batch passes over --minibatches disjoint parts.
         if rollout.groups:

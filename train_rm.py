@@ -88,7 +88,14 @@ for padding and reads the token before. Variants are one function and one row of
 #    (K − 2) Σ r² + (Σ r)², and its first term shrinks the differences. A large c would still cost
 #    capacity; 0.01 is usual.
 #
-# 7. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists
+# 7. Single completions, each with a label, good or bad (`--loss pointwise`): a verifier. The score is
+#    the log-odds of "good", so it has an absolute meaning, and (3) does not hold:
+#
+#        L = −p log σ( r ) − (1 − p) log σ( −r ),    p = 1 − ε where good, else ε             (11)
+#
+#    The head has no bias: the share of good completions is learnt by the weights.
+#
+# 8. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists
 #    and a confident tone do so in most data. Hence accuracy is reported where the chosen completion
 #    is the longer and where it is the shorter, beside that of length alone. Off the data its score
 #    is an extrapolation, and an optimiser looks exactly there: the more a policy is pushed, the
@@ -191,6 +198,7 @@ class Completions:
     p: torch.Tensor           # (M,) probability that the label is right
     margin: torch.Tensor      # (M,) by how much the better one is better
     weight: torch.Tensor      # (M,) 1 / pairs of the same prompt, the 1/n of (7)
+    p_good: torch.Tensor | None = None   # (K,) probability that the completion is good (pointwise)
 
     @property
     def h(self):
@@ -224,6 +232,16 @@ def plackett_luce(x, args):
     return top + total.log() - x.rewards                                         # (K,)  (9)
 
 
+def pointwise(x, args):
+    """cross-entropy of σ(r) with the label of each completion: a verifier (11)
+
+    No comparisons; mean over completions. → (K,)
+    """
+    good = F.logsigmoid(x.rewards)                                               # (K,)
+    bad = F.logsigmoid(-x.rewards)                                               # (K,)
+    return -x.p_good * good - (1 - x.p_good) * bad                               # (K,)  (11)
+
+
 class Loss(NamedTuple):
     """A row of LOSSES: the function, and what the loop must know of it."""
     function: Callable        # (Completions, args) → losses of pairs (M,) or completions (K,)
@@ -240,7 +258,15 @@ LOSSES = {
     "plackett-luce": Loss(
         plackett_luce, gives=("pair", "list"), per="completions",
         reads=("center_coef",), columns=()),
+    "pointwise": Loss(
+        pointwise, gives=("label",), per="completions", reads=("label_smoothing",), columns=()),
 }
+
+
+def labels(groups, rewards):
+    """1 for the good and 0 for the bad of single completions; of others nothing: (K,)"""
+    column = [score if len(g.scores) == 1 else 0.5 for g in groups for score in g.scores]
+    return torch.tensor(column, dtype=rewards.dtype, device=rewards.device)
 
 
 def micro_loss(rewards, groups, args):
@@ -258,7 +284,8 @@ def micro_loss(rewards, groups, args):
         rejected=pairs.worse,
         p=pairs.p,
         margin=pairs.margin,
-        weight=pairs.weight)
+        weight=pairs.weight,
+        p_good=labels(groups, rewards).clamp(args.label_smoothing, 1 - args.label_smoothing))
 
     losses = loss.function(x, args)                                              # (M,) or (K,)
     weight = x.weight if loss.per == "pairs" else torch.ones_like(losses)
@@ -276,6 +303,10 @@ def micro_loss(rewards, groups, args):
 def measure(x, terms):
     """Sums of the metrics over some groups, each prompt counting as one → Counter."""
     sums = Counter(loss=terms.double().sum().item())
+    if len(x.chosen) == 0:                               # single completions
+        right = 0.5 * (1 + (x.rewards * (2 * x.p_good - 1)).sign())
+        sums["rewards/accuracies"] = right.double().sum().item()
+        return sums
     values = {
         "rewards/chosen": x.rewards[x.chosen],
         "rewards/rejected": x.rewards[x.rejected],
@@ -322,21 +353,27 @@ def evaluate(groups, scores, args):
     hold the same number.
     eval/ece_floor: what it would be of a perfectly calibrated model with these h, by chance alone;
     about 0.05 for 200 pairs.
+    eval/auc, of single completions: how often a good one scores higher than a bad one.
     eval/length_accuracy: what the better of "the longer wins" and "the shorter wins" gets right,
     without any model.
     """
     rewards = scores.double()                                                    # (N,)
     lengths = completion_lengths(groups)                                         # (N,)
     pairs = compare(groups)
+    prompt = common.number_prompts(groups)                                       # (groups,)
     h = rewards[pairs.better] - rewards[pairs.worse]                             # (M,)
+    cluster = prompt[pairs.prompt]                                               # (M,)
+    if args.loss == "pointwise":                             # a completion a group, none a pair
+        good = labels(groups, rewards) == 1                                      # (N,)
+        h = torch.where(good, rewards, -rewards)
+        cluster = prompt
     correct = 0.5 * (1 + h.sign())                                               # (M,) ties half
     accuracy = correct.mean()
     n = len(h)
     result = means(micro_loss(rewards, groups, args)[1], groups)
     result |= {"n": n, "rewards/accuracies": accuracy.item()}
 
-    # Pairs of one prompt are not independent.
-    cluster = common.number_prompts(groups)[pairs.prompt]                        # (M,)
+    # What is said of one prompt is not independent.
     result["accuracy_se"] = common.proportion(correct, cluster).half
 
     sure = torch.sigmoid(h.abs())                                                # (M,) 0.5 … 1
@@ -354,6 +391,13 @@ def evaluate(groups, scores, args):
     trend = correlation(rewards, lengths)
     if trend is not None:
         result["length_correlation"] = trend
+    if args.loss == "pointwise":
+        if good.any() and not good.all():
+            worse = rewards[~good].sort().values             # of any prompts
+            below = torch.searchsorted(worse, rewards[good])                     # ties count half
+            not_above = torch.searchsorted(worse, rewards[good], right=True)
+            result["auc"] = ((below + not_above) / 2).double().mean().item() / len(worse)
+        return {f"eval/{name}": value for name, value in result.items()}
     longer = 0.5 * (1 + (lengths[pairs.better] - lengths[pairs.worse]).sign())   # (M,) 0.5: as long
     for name, value in {"longer": 1, "shorter": 0}.items():
         some = correct[longer == value]
@@ -376,9 +420,14 @@ def eval_line(step, result, expected=None):
     if expected is not None:
         line += f" ({expected:.4f} if all scores were equal)"
     line += f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} %"
-    line += f" of {r['n']:,} pairs, margin {r['rewards/margins']:.3f}, ECE {r['ece']:.3f}"
+    if "rewards/margins" in r:
+        line += f" of {r['n']:,} pairs, margin {r['rewards/margins']:.3f}, ECE {r['ece']:.3f}"
+    else:
+        line += f" of {r['n']:,} completions, AUC {r.get('auc', math.nan):.3f}, ECE {r['ece']:.3f}"
     line += f" (perfect calibration: {r['ece_floor']:.3f})"
     line += f", scores {r['score_mean']:.2f} ± {r['score_std']:.2f}"
+    if "rewards/margins" not in r:
+        return line
     line += f"\n  length: alone it gets {percent('length_accuracy')}"
     line += f"; accuracy {percent('accuracy_longer')} where the chosen completion is the longer"
     line += f" ({r['n_longer']:,}), {percent('accuracy_shorter')} where the shorter"
@@ -497,7 +546,7 @@ def main(argv=None):
                 fail(f"{g.where}: column '{given[0]}' belongs to a pair under --loss "
                      f"bradley-terry; --columns unused={given[0]} takes it away.")
         common.read_soft_labels(groups, args.label_smoothing)
-        kept = [g for g in groups if len(set(g.scores)) > 1]
+        kept = [g for g in groups if len(set(g.scores)) > 1 or args.loss == "pointwise"]
         if len(kept) < len(groups):
             account.dropped["where no completion is better than another"] = len(groups) - len(kept)
         return kept
@@ -510,7 +559,8 @@ def main(argv=None):
     # --- end shared ---
     train, held_out = common.load_data(
         args, encoder, usable, max_length, prepare,
-        why=" (a reward is learnt from comparisons of completions of the same prompt)")
+        why=" with this --loss (a reward is learnt from comparisons of completions of the same "
+        "prompt, or with --loss pointwise from rows with a label)")
 
     torch.manual_seed(args.seed)                             # a new head is a function of the seed
     model = common.load_reward_model(args.model, encoder, device, "--model", new_head=True)

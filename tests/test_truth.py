@@ -380,3 +380,141 @@ def test_a8_the_start_line_counts_padding_and_repeated_prompts(tmp_path, capsys)
     line = next(x for x in capsys.readouterr().out.splitlines() if "each prompt counted once" in x)
     tokens, computed, percent = re.search(r"step 1: (\d+) tokens.*computed (\d+) \((\d+) %", line).groups()
     assert int(computed) >= int(tokens) and int(percent) == round(100 * (int(computed) / int(tokens) - 1))
+
+
+# --- alarms and checks ------------------------------------------------------------------------------------------------------
+
+def trained_rm(folder, **config):
+    """The toy with a random head and statistics as train_rm.py stores them."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    return str(folder)
+
+
+def test_c_scores_far_from_those_of_the_training_raise_an_alarm(tmp_path, capsys):
+    near = trained_rm(tmp_path / "near", reward_mean=0.0, reward_std=100.0)
+    far = trained_rm(tmp_path / "far", reward_mean=1000.0, reward_std=0.5)
+    for folder, share, alarm in ((near, "0.0 %", False), (far, "100.0 %", True)):
+        score.main(["--reward-model", folder, "--limit", "20"])
+        said = capsys.readouterr().out
+        assert f"{folder}: {share} of 40 scores lie more than 3" in said and ("do not trust it" in said) == alarm
+        lines = grpo(tmp_path / f"out-{alarm}", "--reward", folder, "--max-steps", 2, "--eval-samples", 0)
+        said = capsys.readouterr()
+        assert [line[f"rewards/{Path(folder).name}/unusual"] for line in lines] == [float(alarm)] * 2
+        assert (said.out + said.err).count("do not trust it here") == alarm              # once, not each step
+
+
+def test_c_conflicting_labels_are_counted_in_the_account(tmp_path, capsys):
+    def pair(prompt, chosen, rejected):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    rows = [pair("1+1", "2", "3"), pair("1+1", "3", "2"), pair("1+1", "2", "4"), pair("2+2", "4", "2")]
+    held_out = write(tmp_path / "eval.jsonl", rows[3:])
+    run(train_dpo, tmp_path / "dpo", "--dataset", write(tmp_path / "a.jsonl", rows), "--eval-dataset", held_out)
+    said = capsys.readouterr().out
+    assert "2 completions are chosen in one row and rejected in another of the same prompt" in said
+    assert "1 prompts of --eval-dataset are also trained on" in said
+    lists = [{"prompt": "p", "completions": ["a", "b", "c"], "scores": s} for s in ([2, 1, 0], [2, 0, 1], [0, 1, 2])]
+    labelled = [{"prompt": "p", "completion": "a", "label": value} for value in (True, False)]
+    for data, count in ((lists, 2), (labelled, 1), (labelled[:1], 0)):
+        groups, _ = common.read_groups(write(tmp_path / "d.jsonl", data), tuple(common.FORMATS))
+        assert common.conflicting(groups) == count
+
+
+def test_c_pointwise_labels_train_a_verifier(tmp_path, capsys):
+    rows = []
+    for line in read(TOY / "pairs.jsonl")[:400]:
+        for name, label in (("chosen", True), ("rejected", False)):
+            rows.append({"prompt": line["prompt"], "completion": line[name], "label": label})
+    data = write(tmp_path / "labelled.jsonl", rows)
+    with pytest.raises(SystemExit):
+        train_rm.main(["--dataset", data, "--output-dir", str(tmp_path / "no")])
+    assert "--loss pointwise" in capsys.readouterr().err
+    flags = ["--dataset", data, "--limit", 0, "--loss", "pointwise", "--lr", 1e-3, "--max-steps", 60, "--batch-size", 16]
+    lines = run(train_rm, tmp_path / "out", *flags)
+    assert lines[-1]["eval/rewards/accuracies"] > 0.85 and lines[-1]["eval/auc"] > 0.95
+    assert lines[-1]["eval/loss"] < 0.4 and lines[-1]["eval/n"] == 80
+    said = capsys.readouterr().out
+    assert "of 80 completions, AUC" in said and "(0.6931 if all scores were equal)" in said
+    score.main(["--reward-model", str(tmp_path / "out"), "--dataset", data, "--limit", "40"])
+    assert "label = True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_c_pointwise_is_the_cross_entropy_and_auc_that_of_all_pairs(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randn(30, generator=generator).round(decimals=1).double()                  # with ties
+    labels = (torch.rand(30, generator=generator) < 0.4).long().tolist()
+    groups = [Group("", "", [], scores=[x], prompt_ids=[i], completion_ids=[[5, 6]]) for i, x in enumerate(labels)]
+    args = train_rm.parse_args(["--loss", "pointwise", "--label-smoothing", str(smoothing)])
+    loss, sums = train_rm.micro_loss(r, groups, args)
+    p = torch.tensor([1 - smoothing if x else smoothing for x in labels]).double()
+    assert loss.item() == pytest.approx(torch.nn.functional.binary_cross_entropy_with_logits(r, p, reduction="sum").item())
+    result = train_rm.evaluate(groups, r, args)
+    good = [x.item() for x, label in zip(r, labels) if label]
+    bad = [x.item() for x, label in zip(r, labels) if not label]
+    auc = statistics.mean([0.5 * (1 + (a > b) - (a < b)) for a in good for b in bad])
+    assert result["eval/auc"] == pytest.approx(auc)
+    assert result["eval/rewards/accuracies"] == pytest.approx(sums["rewards/accuracies"] / 30)
+
+
+def test_c_weights_and_the_price_of_disagreement(tmp_path, capsys):
+    a = trained_rm(tmp_path / "a", reward_mean=0.0, reward_std=1.0)
+    b = trained_rm(tmp_path / "b", reward_mean=1.0, reward_std=4.0)
+    given = {}
+    for name, flags in {"mean": [], "weighted": ["--reward-weights", "3", "1"],
+                        "less": ["--aggregate", "mean-std", "--std-coef", "0.5"]}.items():
+        file = tmp_path / f"{name}.jsonl"
+        score.main(["--reward-model", a, b, "--limit", "5", "--output", str(file), *flags])
+        given[name] = read(file)
+    score.main(["--reward-model", a, "--limit", "5", "--output", str(tmp_path / "one.jsonl")])
+    for i, row in enumerate(read(tmp_path / "one.jsonl")):
+        z = [row["score_chosen"], (row["score_chosen"] - 1) / 4]
+        wanted = {"mean": sum(z) / 2, "weighted": (3 * z[0] + z[1]) / 4, "less": sum(z) / 2 - 0.5 * statistics.stdev(z)}
+        assert {name: rows[i]["score_chosen"] for name, rows in given.items()} == pytest.approx(wanted, abs=1e-5)
+    for flags in (["--reward-weights", "1"], ["--std-coef", "2"], ["--aggregate", "mean-std"]):
+        with pytest.raises(SystemExit):
+            score.parse_args(["--reward-model", a, *flags])
+
+
+def test_c_histograms_of_training_data_and_of_an_untrained_head(tmp_path, capsys):
+    rm = trained_rm(tmp_path / "rm", reward_mean=0.0, reward_std=1.0)
+    data = read(TOY / "pairs.jsonl")
+    train = write(tmp_path / "seen.jsonl", data[:40])
+    test = write(tmp_path / "test.jsonl", data[40:60])
+    score.main(["--reward-model", rm, "--dataset", test, "--beside", train, "--untrained", str(TOY / "model")])
+    said = capsys.readouterr().out
+    trained, untrained = said.split("\n" + rm + "\n")[1].split(f"{TOY}/model, a new head")
+    bars = [sum(map(int, re.findall(r" (\d+)(?= |$)", line[11:]))) for line in trained.splitlines()[1:]]
+    assert sum(bars) == 2 * 60 and "chosen of seen" in trained
+    bars = [sum(map(int, re.findall(r" (\d+)(?= |$)", line[11:]))) for line in untrained.splitlines()[2:]]
+    assert sum(bars) == 2 * 20
+    assert "accuracy" in said and "of 20 pairs" in said      # what stands beside is in no number
+    with pytest.raises(SystemExit):
+        score.main(["--reward-model", rm, "--untrained", rm, "--dataset", test])
+    assert "is a trained reward model" in capsys.readouterr().err
+
+
+def test_c_log_probs_change_by_position():
+    groups = [Group("", "", [], scores=[1, 0], prompt_ids=[1], completion_ids=[[5] * 7, [6] * 2], index=[0, 1])]
+    start = torch.zeros(9)
+    now = torch.tensor([-1.0, -1, -1, -1, -1, 0.5, 0.25, 9, 9])
+    change = train_dpo.change(groups, now, start)
+    assert change["chosen_change"] == -4.25
+    assert change["chosen_change_opening"] == -5 and change["chosen_change_rest"] == 0.75
+    assert change["chosen_fell_opening"] == 1 and change["chosen_fell_rest"] == 0
+
+
+def test_c_curves_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "metrics.jsonl", [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    score.main(["--dataset", str(tmp_path / "run"), "--tensorboard"])
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out*"))
+    with pytest.raises(SystemExit):
+        score.parse_args(["--tensorboard"])
