@@ -162,6 +162,7 @@ class Account:
     truncated: int = 0
     dropped: Counter = field(default_factory=Counter)   # reason → rows
     looks_special: int = 0          # rows with text that looks like a special token
+    conflicts: int = 0              # completions called good in one row and bad in another
     template_rewrites: bool = False  # whether the chat template changes some completions
     template_drops: bool = False    # whether it leaves out text of some prompts
 
@@ -174,6 +175,9 @@ class Account:
         if self.looks_special:
             line += f"\n  {self.looks_special:,} rows hold text that looks like a special token"
             line += "; it is encoded as ordinary text"
+        if self.conflicts:
+            line += f"\n  {self.conflicts:,} completions are chosen in one row and rejected in another"
+            line += " of the same prompt"
         if self.template_rewrites:
             line += "\n  the chat template rewrites some completions (trims or moves text)"
             line += "; what it writes is used"
@@ -856,6 +860,24 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
     return kept
 
 
+def conflicting(groups):
+    """How many completions are the best in one row and the worst in another of the same prompt.
+
+    Of a pair or list the highest score is the best, of single completions the label says it.
+    """
+    good = set()
+    bad = set()
+    for g in groups:
+        both = len(set(g.scores)) > 1
+        for text, score in zip(g.completions, g.scores):
+            said = (json.dumps(g.prompt), text)
+            if score == (max(g.scores) if both else 1):
+                good.add(said)
+            elif score == (min(g.scores) if both else 0):
+                bad.add(said)
+    return len(good & bad)
+
+
 def load_groups(source, args, encoder, usable, max_length, what, prepare=None, why=""):
     """Rows of a source → tokenised groups. Prints the account and one example with its boundary.
 
@@ -866,6 +888,7 @@ def load_groups(source, args, encoder, usable, max_length, what, prepare=None, w
     if prepare:
         groups = prepare(groups, account)
     groups = tokenise(groups, account, encoder, max_length, args.overlong, f"tokenise {what}")
+    account.conflicts = conflicting(groups)
     print(f"{what}: {account}")
     if not groups:
         fail(f"{source}: no rows are left; the line above says why.")
@@ -1012,6 +1035,57 @@ def compare(groups, label_smoothing=0.0, device=None):
     better, worse, prompt = torch.tensor(places, device=device).long().view(-1, 3).T.contiguous()
     weight, p, margin = torch.tensor(values, device=device).view(-1, 3).T.contiguous()
     return Comparisons(better, worse, weight, p, margin, prompt)
+
+
+def number_prompts(groups):
+    """Which prompt each group has, (groups,): rows of one prompt share a number, so a cluster."""
+    numbers = {}
+    return torch.tensor([numbers.setdefault(str(g.prompt_ids), len(numbers)) for g in groups])
+
+
+class Proportion(NamedTuple):
+    """A mean of values from 0 (wrong) to 1 (right) and its interval by Wilson (1927)."""
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half(self):
+        """Half the width of the interval: what stands behind a ±."""
+        return (self.high - self.low) / 2
+
+
+def proportion(values, cluster, weight=None, z=1.0):
+    """Mean of values between 0 and 1, with an interval of z standard errors → Proportion.
+
+    values (M,): 1 right, 0 wrong, 1/2 a tie; cluster (M,): the prompt of each, as a number. What
+    is said of one prompt is not independent: Wilson's formula gets n = p (1 − p) / V, where V is
+    the variance of the mean over prompts, at least that of independent values. Ties vary less:
+    where all values are ties, V and the width are 0. Where all are right, or all wrong, or of one
+    prompt, n is the number of prompts, and the width is not 0.
+    """
+    values = values.double()
+    weight = torch.ones_like(values) if weight is None else weight.double()
+    weight = weight / weight.sum()
+    prompts = len(cluster.unique())
+    p = (weight * values).sum().item()
+    alike = bool(values.min() == values.max())
+    p = values[0].item() if alike else p                     # without rounding
+    if alike and 0 < p < 1:
+        return Proportion(p, p, p)
+    if alike or prompts == 1:
+        n = prompts
+    else:
+        apart = weight * (values - p)                                            # (M,)
+        by_prompt = sum_by(apart, cluster, int(cluster.max()) + 1)
+        among = by_prompt.square().sum().item() * prompts / (prompts - 1)
+        n = p * (1 - p) / max(among, apart.square().sum().item())
+
+    # Wilson's interval: all p' with |p − p'| ≤ z √(p' (1 − p') / n).
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Proportion(p, (middle - half) / scale, (middle + half) / scale)
 
 
 # ④ pack -------------------------------------------------------------------------------------------

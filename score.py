@@ -9,14 +9,15 @@ policy (--implicit); both go through the same code. Without --policy the complet
 --dataset; with it each policy completes the prompts first. A score alone means nothing, so p is
 σ(difference of two scores).
 
-95 % intervals stand in brackets: of accuracies (Wilson), of mean scores, win rates and KL
-(bootstrap over prompts). Behind ± stands a standard deviation. All else is a point estimate
-without an interval: margins, correlations, ties, lengths, --by's scores, the table of best of n.
+95 % intervals stand in brackets, with whole prompts as the unit, since what is said of one prompt
+is not independent: of accuracies Wilson's, of mean scores, margins, correlations, win rates, KL and
+best of n a bootstrap. Behind ± stands a standard deviation. Counts, ties, mean lengths and mean
+σ(margin) are said of these rows only and have no interval.
 
-Differs from the papers in: rejection sampling makes one pass over the samples, where Liu et al.
-2023 go round again without replacement; length is taken out by the mean scores of bins, where
-Huang et al. 2024 fit a locally weighted regression; --num-beams takes the reward of a prefix for
-its value, where Mudgal et al. 2023 learn that value.
+Differs from the papers in: rejection sampling makes one pass over the samples, unless --rso-keep
+asks for the rounds of Liu et al. 2023; length is taken out by the mean scores of bins, where Huang
+et al. 2024 fit a locally weighted regression; --num-beams takes the reward of a prefix for its
+value, where Mudgal et al. 2023 learn that value.
 """
 # --- derivation -----------------------------------------------------------------------------------
 #
@@ -24,14 +25,15 @@ its value, where Mudgal et al. 2023 learn that value.
 #
 # 1. Two sorts of reward. A reward model gives r(x, y) at the completion's last token. A policy π,
 #    aligned from π_ref, has one inside it (Rafailov et al. 2023, arXiv 2305.18290, eq. 5, up to a
-#    constant of the prompt):
+#    constant of the prompt; token by token: Rafailov et al. 2024, arXiv 2404.12358):
 #
 #        r̂(x, y) = β log π(y|x)/π_ref(y|x) = Σ_t β log π(y_t|x, y_<t)/π_ref(y_t|x, y_<t)       (1)
 #
 #    Either is known up to a constant of the prompt only, so what is read off is a difference:
 #    p(y ≻ y') = σ(r − r'). Several reward models have no common unit: each is z-scored by the mean
 #    and std that train_rm.py stored, then the mean or the minimum is taken (Coste et al. 2023,
-#    arXiv 2310.02743, eq. 3–4). Where they disagree, the completion is unlike what they were
+#    arXiv 2310.02743, eq. 3–4), or the mean less λ times the std of their scores (eq. 5 there takes
+#    the variance). Where they disagree, the completion is unlike what they were
 #    trained on, and none of them should be believed. That they agree is no proof that they are
 #    right: models trained on the same data share its blind spots.
 #
@@ -54,8 +56,9 @@ its value, where Mudgal et al. 2023 learn that value.
 #        exp( ( r(x, y) − max_y' r(x, y') ) / β ),   kept ones follow π_ref(y|x) e^{r(x,y)/β} / Z(x)
 #                                                                                              (5)
 #    which is the optimum that DPO aims at. As in the paper the maximum is that of the prompt's N
-#    samples, so the best of them is always kept; only the paper's further rounds are left out. In
-#    one round what is kept has, up to a constant, the density
+#    samples, so the best of them is always kept. The paper goes on in rounds until M are kept, each
+#    round over the samples that are left, with their maximum (--rso-keep M); M = N keeps all,
+#    whatever β. In one round what is kept has, up to a constant, the density
 #
 #        π_ref(y|x) e^{r/β} E[ e^{−max/β} | r ]
 #
@@ -89,6 +92,7 @@ from common import FORMATS, Account, Group, Sample, fail, token_logps, within
 TOY = Path(__file__).parent / "tests" / "toy"
 PAGE = 100                      # completions on a --tokens page
 TIE = 1e-4                      # the same completion in another batch differs by less
+GIVES = ("pair", "list", "label", "response")        # formats with completions to score
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -112,10 +116,12 @@ def parse_args(argv=None):
     g.add_argument("--overlong", choices=["drop", "truncate"], default="drop", help="groups over --max-length")
     g = p.add_argument_group("reward")
     g.add_argument("--reward-model", nargs="+", default=[], metavar="DIR", help="one or several; default: runs/rm, which train_rm.py makes")
-    g.add_argument("--aggregate", choices=["mean", "min"], default="mean", help="of several reward models, each z-scored")
+    g.add_argument("--aggregate", choices=["mean", "min", "mean-std"], default="mean", help="of several reward models, each z-scored; mean-std: minus --std-coef times their std")
+    g.add_argument("--reward-weights", nargs="+", type=within("(0, inf)"), default=[], metavar="W", help="of the mean, one per --reward-model (none: 1 each)")
+    g.add_argument("--std-coef", type=within("(0, inf)"), default=1.0, help="--aggregate mean-std: λ, the price of disagreement")
     g.add_argument("--implicit", metavar="POLICY", help="score by the implicit reward of this policy against --ref-model (1)")
     g.add_argument("--ref-model", help="reference policy: of --implicit, and of KL(π‖π_ref) with --policy")
-    g.add_argument("--beta", type=within("(0, inf)"), default=0.1, help="scale of the implicit reward (1), temperature of --select rso (5)")
+    g.add_argument("--beta", type=within("(0, inf)"), help="scale of the implicit reward (1), temperature of --select rso (5); default: with --implicit that in the policy's args.json, else 0.1")
     g.add_argument("--calibrate-length", action="store_true", help="subtract what length alone predicts from every score (2)")
     g = p.add_argument_group("generate")
     g.add_argument("--policy", nargs="+", default=[], metavar="DIR", help="these complete the prompts of --dataset; several: systems to compare")
@@ -131,7 +137,11 @@ def parse_args(argv=None):
     g.add_argument("--keep-chosen", action="store_true", help="--pairs: chosen stays that of --dataset, rejected is the worst sample")
     g.add_argument("--select", choices=["best", "rso"], help="--output: the best of --samples, or rejection sampling (5)")
     g.add_argument("--confidence", type=within("[0.5, 1)"), default=0.5, help="--output: only pairs whose better completion is better with this probability or more")
+    g.add_argument("--rso-keep", type=natural, default=0, metavar="M", help="--select rso: rounds until M samples of each prompt are kept (0 = one round)")
     g.add_argument("--by", metavar="COLUMN", help="the result for each value of this column too")
+    g.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="rows whose scores stand beside in the histogram and --plot: the training data beside a test")
+    g.add_argument("--untrained", metavar="DIR", help="a base model: the histogram and --plot also show what a new, random head on it says")
+    g.add_argument("--tensorboard", action="store_true", help="run directories: write their curves for tensorboard, in RUN/tensorboard")
     g.add_argument("--plot", type=figure_file, metavar="F.png", help="histogram of the scores, or curves of run directories (needs matplotlib)")
     g.add_argument("--tokens", type=new_file, metavar="F.html", help=f"page of up to {PAGE} completions, tokens coloured by their part in the reward")
     g = p.add_argument_group("run")
@@ -178,8 +188,18 @@ def check_flags(args, error):
               "β log π/π_ref")
     if args.ref_model and not (args.implicit or args.policy):
         error("--ref-model is of use with --implicit or with --policy only")
-    if args.aggregate == "min" and len(args.reward_model) < 2:
-        error("--aggregate min needs several --reward-model")
+    if args.aggregate != "mean" and len(args.reward_model) < 2:
+        error(f"--aggregate {args.aggregate} needs several --reward-model")
+    if args.reward_weights and len(args.reward_weights) != max(2, len(args.reward_model)):
+        error("--reward-weights needs several --reward-model, and one number for each")
+    if args.reward_weights and args.aggregate == "min":
+        error("--reward-weights belong to a mean: drop them or --aggregate min")
+    if args.std_coef != 1 and args.aggregate != "mean-std":
+        error("--std-coef goes with --aggregate mean-std")
+    if args.tensorboard and not all(Path(source).is_dir() for source in sources(args)):
+        error("--tensorboard writes the curves of run directories: give those as --dataset")
+    if args.untrained and args.implicit:
+        error("--untrained stands beside a --reward-model, not --implicit")
 
     if not args.policy and (sampling or args.keep_chosen):
         error("--samples, --num-beams and --keep-chosen need --policy, which makes the completions")
@@ -199,6 +219,8 @@ def check_flags(args, error):
         error("--keep-chosen needs --pairs")
     if args.select and not (args.output and args.samples > 1):
         error("--select needs --policy, --samples above 1 and --output")
+    if args.rso_keep and (args.select != "rso" or args.rso_keep > args.samples):
+        error("--rso-keep goes with --select rso and is at most --samples")
     if args.pairs and args.policy and args.samples < 2 and not args.keep_chosen:
         error("--pairs needs two completions of a prompt: --samples 2 or more, or --keep-chosen")
 
@@ -208,7 +230,7 @@ def check_flags(args, error):
 def check_files(args):
     """Nothing is written over what is read, whatever links lead there."""
     reads = []
-    for name in ("reward_model", "implicit", "ref_model", "policy", "chat_template"):
+    for name in ("reward_model", "implicit", "ref_model", "policy", "chat_template", "beside", "untrained"):
         value = getattr(args, name)
         if value is not None:
             for path in value if isinstance(value, list) else [value]:
@@ -263,27 +285,44 @@ def gather(items, labels):
     return parts
 
 
-def wilson(p, n, z=1.96):
-    """95 % interval of a proportion (Wilson 1927): never outside [0, 1], and not empty at p = 1."""
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (middle - half) / scale, (middle + half) / scale
+def number(clusters):
+    """Any names of clusters → a number for each: (N,)"""
+    numbers = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in clusters])
+
+
+def redraw(rows, clusters, seed=0, rounds=2000):
+    """Bootstrap: (N, C) rows → (rounds, C) sums over whole clusters drawn with replacement."""
+    cluster = number(clusters)
+    n = int(cluster.max()) + 1
+    sums = rows.new_zeros(n, rows.shape[1]).index_add(0, cluster, rows)          # (clusters, C)
+    generator = torch.Generator().manual_seed(seed)
+    totals = []
+    for _ in range(rounds):
+        drawn = torch.randint(n, (n,), generator=generator)
+        totals.append(sums[drawn].sum(0))
+    return torch.stack(totals)
+
+
+def middle_95(draws):
+    """95 % percentile interval of bootstrapped values: (rounds,)"""
+    return tuple(draws[~draws.isnan()].quantile(tensor([0.025, 0.975])).tolist())
 
 
 def bootstrap(values, clusters, seed=0, rounds=2000):
-    """95 % percentile interval of the mean; whole clusters (prompts) are drawn with replacement."""
-    parts = gather(values, clusters).values()
-    sums = tensor([[sum(part), len(part)] for part in parts])                    # (clusters, 2)
-    n = len(sums)
+    """95 % interval of a mean."""
+    values = tensor(values)
+    sums = redraw(torch.stack([values, torch.ones_like(values)], 1), clusters, seed, rounds)
+    return middle_95(sums[:, 0] / sums[:, 1])
 
-    generator = torch.Generator().manual_seed(seed)
-    means = []
-    for _ in range(rounds):
-        drawn = torch.randint(n, (n,), generator=generator)
-        total, count = sums[drawn].sum(0)
-        means.append(total / count)
-    return tuple(torch.stack(means).quantile(tensor([0.025, 0.975])).tolist())
+
+def bootstrap_correlation(xs, ys, clusters, seed=0, rounds=2000):
+    """95 % interval of Pearson's r."""
+    x = tensor(xs) - mean(xs)
+    y = tensor(ys) - mean(ys)
+    rows = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], 1)
+    n, x, y, xx, yy, xy = redraw(rows, clusters, seed, rounds).T
+    return middle_95((xy - x * y / n) / ((xx - x * x / n) * (yy - y * y / n)).sqrt())
 
 
 def win(a, b):
@@ -308,11 +347,20 @@ def best_of_n_kl(n):
     return math.log(n) - (n - 1) / n                         # (4)
 
 
-def rejection_sample(scores, beta, generator):
-    """(5): indices of the samples that are kept; never none, since the best is always kept."""
-    u = torch.rand(len(scores), generator=generator, dtype=torch.float64)
-    kept = u < ((tensor(scores) - max(scores)) / beta).exp()
-    return kept.nonzero()[:, 0].tolist()
+def rejection_sample(scores, beta, generator, keep=0):
+    """(5): indices of the samples that are kept; never none, since the best is always kept.
+
+    keep > 0: in rounds over those that are left, each with their maximum, until so many are kept.
+    """
+    scores = tensor(scores)
+    left = torch.arange(len(scores))
+    kept = []
+    while not kept or len(kept) < keep:
+        u = torch.rand(len(left), generator=generator, dtype=torch.float64)
+        accepted = u < ((scores[left] - scores[left].max()) / beta).exp()
+        kept += left[accepted].tolist()
+        left = left[~accepted]
+    return sorted(kept[:keep or None])
 
 
 def histogram(series, bins=12, width=28):
@@ -328,7 +376,7 @@ def histogram(series, bins=12, width=28):
         counts[name] = Counter(min(bins - 1, int((v - low) / step)) for v in values)
         tallest = max(tallest, max(counts[name].values()) / len(values))
 
-    lines = [" " * 11 + "".join(f"{name[-width + 8:]:<{width}}" for name in series)]
+    lines = [" " * 11 + "".join(f"{name[-width + 2:]:<{width}}" for name in series)]
     for b in range(bins):
         line = f"{low + b * step:>10.3f} "
         for name, values in series.items():
@@ -442,7 +490,7 @@ def p_better(a, b):
 
 def load_files(args):
     """The files of --dataset → [System]."""
-    gives = ("pair", "list", "label", "response")
+    gives = GIVES
     if args.policy:
         gives = ("pair", "response") if args.keep_chosen else ("pair", "prompt")
     usable_formats = [name for name, row in FORMATS.items() if row.gives in gives]
@@ -514,13 +562,24 @@ def prefix_gains(model, batch):
     return scores[place] - scores[batch.read]
 
 
+def beta_of(args):
+    """--beta; else that of the training of --implicit, else 0.1."""
+    if args.beta is not None:
+        return args.beta
+    file = Path(args.implicit or "") / "args.json"
+    if args.implicit and file.is_file():
+        with common.failing(f"{file}: cannot be read"):
+            return dict(json.loads(file.read_text(encoding="utf-8"))).get("beta") or 0.1
+    return 0.1
+
+
 def load_scorers(args, device):
     """All scorers, tokenisers first: a wrong directory is found before anything big is loaded."""
     if args.implicit:
         encoder = common.load_encoder(args.implicit, args.chat_template, args.chat, "--implicit")
         policy = common.load_model(args.implicit, encoder, device, "--implicit")
         models = [policy, load_reference(args, encoder, device)]
-        scorers = [Scorer(args.implicit, encoder, models, args.beta)]
+        scorers = [Scorer(args.implicit, encoder, models, beta_of(args))]
     else:
         if not args.reward_model and not Path("runs/rm/config.json").is_file():
             fail("runs/rm is missing: run train_rm.py first, which makes it, or give "
@@ -722,6 +781,9 @@ def unit_of(scorer, values, lengths, args):
         "reward_std": std(values),
         "reward_by_length": common.length_curve(values, lengths)}
     config = vars(scorer.models[0].config)
+    unit |= {name: config[name] for name in unit if config.get(name) is not None}
+    calibrated = common.calibrate(values, lengths, unit["reward_by_length"], unit["reward_mean"])
+    unit["reward_std_calibrated"] = calibrated.std().item() if len(values) > 1 else 0.0
     stored = {name: config[name] for name in unit if config.get(name) is not None}
     if args.calibrate_length or len(args.reward_model) > 1:
         print(f"{scorer.name}: its config gives {', '.join(stored) or 'no mean, std or curve'}; "
@@ -732,13 +794,14 @@ def unit_of(scorer, values, lengths, args):
 def aggregate(table, scorers, args):
     """raw → calibrated, plain, score and spread of the whole table.
 
-    One scorer: its own unit. Several: z-scored, then mean or minimum.
+    One scorer: its own unit. Several: z-scored, then joined by --aggregate.
     """
     raw = tensor([c.raw for c in table])                                         # (N, M)
     lengths = [c.length for c in table]
     calibrated = raw.clone()
     middle = torch.zeros_like(raw[0])                                            # (M,)
     scale = torch.ones_like(raw[0])                                              # (M,)
+    scale_calibrated = torch.ones_like(raw[0])                                   # (M,)
 
     for m, scorer in enumerate(scorers):
         values = raw[:, m]
@@ -749,15 +812,67 @@ def aggregate(table, scorers, args):
         if len(scorers) > 1:
             middle[m] = unit["reward_mean"]
             scale[m] = unit["reward_std"] or 1.0
+            width = "reward_std_calibrated" if args.calibrate_length else "reward_std"
+            scale_calibrated[m] = unit[width] or 1.0
 
-    combine = min if args.aggregate == "min" else mean
+    factors = args.reward_weights or [1.0] * len(scorers)
+
+    def combine(scores):
+        if args.aggregate == "min":
+            return min(scores)
+        average = sum(w * s for w, s in zip(factors, scores)) / sum(factors)
+        return average - args.std_coef * std(scores) if args.aggregate == "mean-std" else average
+
     plain = ((raw - middle) / scale).tolist()
-    final = ((calibrated - middle) / scale).tolist()
+    final = ((calibrated - middle) / scale_calibrated).tolist()
     for c, own, before, after in zip(table, calibrated.tolist(), plain, final):
         c.calibrated = own
         c.plain = combine(before)
         c.score = combine(after)
         c.spread = std(before)
+
+
+def load_beside(args):
+    """The files of --beside → [System]."""
+    usable = [name for name, row in FORMATS.items() if row.gives in GIVES]
+    systems = []
+    for source in args.beside:
+        groups, account = common.read_groups(
+            source, usable, args.split, args.columns, args.limit, args.prefer)
+        if not groups:
+            fail(f"{account}; no rows are left.")
+        systems.append(System(source, FORMATS[account.format].gives, groups, account))
+    return systems
+
+
+def series_of(systems, table):
+    """{what the completions are, of which file: their scores}"""
+    series = {}
+    for c in table:
+        name = c.shown_as
+        if c.system.gives == "pair":
+            name += f" of {Path(c.system.name).stem}"
+        series.setdefault(name, []).append(c.score)
+    return series
+
+
+def untrained_series(table, args, device, autocast):
+    """What a new head on a base model says of the same completions: before any training, chosen
+    and rejected are alike."""
+    encoder = common.load_encoder(args.untrained, args.chat_template, args.chat, "--untrained")
+    torch.manual_seed(args.seed)
+    model = common.load_reward_model(args.untrained, encoder, device, "--untrained", new_head=True)
+    if hasattr(model.config, "reward_mean"):
+        fail(f"--untrained {args.untrained} is a trained reward model: give its base model.")
+    scorer = Scorer(args.untrained, encoder, [model])
+    groups = [siblings[0].group for siblings in by_group(table)]
+    account = Account(args.untrained, "histogram", len(groups))
+    views = read_as(scorer, groups, account, args.max_length, args.overlong)
+    if not views:
+        fail(f"--untrained {args.untrained} has no room for any of these rows.")
+    kept = [c for c in table if id(c.group) in views]
+    values = scorer.measure(list(views.values()), args, autocast).tolist()
+    return gather(values, [c.shown_as for c in kept])
 
 
 # --- report ---------------------------------------------------------------------------------------
@@ -767,11 +882,13 @@ def describe_reward(scorers, table, args):
     print(scorers[0].encoder.show(table[0].view))
     what = scorers[0].name
     if args.implicit:
-        what = f"{args.beta:g} · log π/π_ref of {args.implicit} against {args.ref_model}"
+        what = f"{beta_of(args):g} · log π/π_ref of {args.implicit} against {args.ref_model}"
     if len(scorers) > 1:
         what = (f"{args.aggregate} of {len(scorers)} z-scored models; they differ by "
                 f"{mean([c.spread for c in table]):.3f} (mean std per completion)")
     print(f"reward: {what}")
+    for m, scorer in enumerate(scorers):
+        report_unusual(scorer, [c.raw[m] for c in table])
 
     data = [Path(source).resolve() for source in sources(args)]
     for scorer in scorers:
@@ -783,11 +900,43 @@ def describe_reward(scorers, table, args):
                       "test of it")
 
 
+def report_unusual(scorer, values):
+    """An alarm: scores far from those of the training completions are an extrapolation."""
+    config = scorer.models[0].config
+    if scorer.beta is not None or not getattr(config, "reward_std", 0):
+        return
+    z = (tensor(values) - config.reward_mean) / config.reward_std                # (N,)
+    far = (z.abs() > 3).sum().item()
+    share = 100 * far / len(z)
+    line = (f"{scorer.name}: {share:.1f} % of {len(z):,} scores lie more than 3 standard deviations "
+            f"from those of its training completions, from {z.min():+.1f} to {z.max():+.1f}")
+    if share > 5:
+        line += ": these are unlike what it was trained on, do not trust it here"
+    print(line)
+
+
+def prompts_of(part):
+    """The clusters of the intervals: rows of one prompt belong together."""
+    return [c.key[0] for c in part]
+
+
+def in_brackets(value, interval, digits=3):
+    low, high = interval
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def with_interval(values, part, seed, digits=3):
     """The mean of one value for each completion, with its bootstrap interval over prompts."""
-    prompts = [c.key[0] for c in part]
-    low, high = bootstrap(values, prompts, seed)
-    return f"{mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return in_brackets(mean(values), bootstrap(values, prompts_of(part), seed), digits)
+
+
+def length_trend(values, part, seed):
+    """Correlation of one value for each completion with its length, with its interval."""
+    lengths = [c.length for c in part]
+    r = correlation(values, lengths)
+    if math.isnan(r):
+        return "none"                                        # one row, or all alike
+    return in_brackets(r, bootstrap_correlation(values, lengths, prompts_of(part), seed), 2)
 
 
 def summary(part, args):
@@ -796,22 +945,29 @@ def summary(part, args):
     lengths = [c.length for c in part]
     line = (f"{with_interval(scores, part, args.seed)} ± {std(scores):.3f} over {len(part):,} "
             f"completions of {mean(lengths):.1f} tokens, correlation of score with length "
-            f"{correlation(scores, lengths):.2f}")
+            f"{length_trend(scores, part, args.seed)}")
     if args.calibrate_length:
         plain = [c.plain for c in part]
-        line += (f"; before --calibrate-length {mean(plain):.3f}, correlation with length "
-                 f"{correlation(plain, lengths):.2f}")
+        line += (f"; before --calibrate-length {with_interval(plain, part, args.seed)}, "
+                 f"correlation with length {length_trend(plain, part, args.seed)}")
     return line
 
 
-def accuracy(pairs):
+def fraction(values, part):
+    """Values of 1, 0 and 1/2, one for each of part's completions, in percent, with Wilson's
+    interval: the pairs of a prompt are one cluster."""
+    p = common.proportion(tensor(values), number(prompts_of(part)), z=1.96)
+    return f"{100 * p.mean:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]"
+
+
+def accuracy(pairs, seed):
     """pairs: (better, worse) completions. Ties count half."""
+    better = [a for a, _ in pairs]
     wins = [win(a.score, b.score) for a, b in pairs]
     margins = [a.score - b.score for a, b in pairs]
-    low, high = wilson(mean(wins), len(wins))
-    return (f"accuracy {100 * mean(wins):.1f} % [{100 * low:.1f}, {100 * high:.1f}] of "
-            f"{len(wins):,} pairs, {wins.count(0.5)} ties; margin {mean(margins):.3f} ± "
-            f"{std(margins):.3f}, mean σ(margin) {mean([p_better(*pair) for pair in pairs]):.3f}")
+    return (f"accuracy {fraction(wins, better)} of {len(wins):,} pairs, {wins.count(0.5)} ties; "
+            f"margin {with_interval(margins, better, seed)} ± {std(margins):.3f}, mean σ(margin) "
+            f"{mean([p_better(*pair) for pair in pairs]):.3f}")
 
 
 def report(systems, table, args):
@@ -844,12 +1000,12 @@ def report(systems, table, args):
     if len(parts) > 1:
         print(f"all: score {summary(met, args)}")
 
-    report_accuracy(ranked_pairs(met))
+    report_accuracy(ranked_pairs(met), args.seed)
     labelled = len(systems) == 1 and systems[0].gives == "label"
     if args.by or labelled:
-        report_by(args.by or "label", met)
+        report_by(args.by or "label", met, args.seed)
     if args.samples > 1 and len(systems) == 1:
-        report_best_of_n(by_group(met))
+        report_best_of_n(by_group(met), args.seed)
     return scores
 
 
@@ -873,46 +1029,48 @@ def win_rate(pairs, seed):
     return f"{rate} % of {len(wins):,}, ties {ties:.1f} %"
 
 
-def report_accuracy(pairs):
+def report_accuracy(pairs, seed):
     """How often the better completion scores higher, and what length alone would say."""
     if not pairs:
         return
-    print(accuracy(pairs))
+    print(accuracy(pairs, seed))
 
     longer = [win(a.length, b.length) for a, b in pairs]
     parts = gather(pairs, longer)
     if 1 in parts:
-        print(f"  where the better is the longer: {accuracy(parts[1])}")
+        print(f"  where the better is the longer: {accuracy(parts[1], seed)}")
     if 0 in parts:
-        print(f"  where the better is the shorter: {accuracy(parts[0])}")
-    print(f"  length alone (the longer is the better): {100 * mean(longer):.1f} %")
+        print(f"  where the better is the shorter: {accuracy(parts[0], seed)}")
+    better = [a for a, _ in pairs]
+    print(f"  length alone (the longer is the better): {fraction(longer, better)}")
 
     if len(pairs[0][0].raw) > 1:
-        split = 0
+        split = []
         for a, b in pairs:
             signs = {x > y for x, y in zip(a.raw, b.raw)}
-            split += len(signs) > 1
-        print(f"  the reward models disagree about {100 * split / len(pairs):.1f} % of the pairs")
+            split.append(len(signs) - 1)
+        print(f"  the reward models disagree about {fraction(split, better)} of the pairs")
 
 
-def report_by(column, table):
+def report_by(column, table, seed):
     """The result for each value of a column."""
     parts = gather(table, [str(c.group.row[column]) for c in table])
     for value, part in sorted(parts.items()):
         pairs = ranked_pairs(part)
         scores = [c.score for c in part]
-        line = f"score {mean(scores):.3f} ± {std(scores):.3f} of {len(scores)}"
-        print(f"  {column} = {value}: {accuracy(pairs) if pairs else line}")
+        line = f"score {with_interval(scores, part, seed)} ± {std(scores):.3f} of {len(scores)}"
+        print(f"  {column} = {value}: {accuracy(pairs, seed) if pairs else line}")
 
 
-def report_best_of_n(groups):
+def report_best_of_n(groups, seed):
     """(3) and (4) for n = 1, 2, 4, … samples a prompt; where rows have an `answer`, how often the
     best of n equals it."""
     known = all("answer" in siblings[0].group.row for siblings in groups)
     samples = len(groups[0])
     sizes = {2 ** e for e in range(samples.bit_length())} | {samples}
 
-    print("best of n     score   KL at most" + "   equals column 'answer'" * known)
+    first = [siblings[0] for siblings in groups]             # of each prompt, for its cluster
+    print("best of n   KL at most   score" + " " * 20 + "equals column 'answer', %" * known)
     for n in sorted(sizes):
         expected = []
         hits = []
@@ -921,9 +1079,9 @@ def report_best_of_n(groups):
             answer = str(siblings[0].group.row.get("answer")).strip()
             correct = [c.text.strip() == answer for c in siblings]
             expected.append(best_of_n(scores, n, scores))
-            hits.append(best_of_n(scores, n, correct))
-        line = f"{n:>9} {mean(expected):>9.3f} {best_of_n_kl(n):>12.3f}"
-        print(line + f" {100 * mean(hits):>24.1f} %" * known)
+            hits.append(100 * best_of_n(scores, n, correct))
+        line = f"{n:>9} {best_of_n_kl(n):>12.3f}   {with_interval(expected, first, seed):<25}"
+        print((line + with_interval(hits, first, seed, 1) * known).rstrip())
 
 
 # --- write: data ----------------------------------------------------------------------------------
@@ -1002,11 +1160,11 @@ def accept(groups, args):
     kept = []
     for siblings in groups:
         scores = [c.score for c in siblings]
-        indices = rejection_sample(scores, args.beta, generator)
+        indices = rejection_sample(scores, beta_of(args), generator, args.rso_keep)
         kept.append([siblings[i] for i in indices])
     samples = sum(map(len, groups))
     alone = sum(len(siblings) == 1 for siblings in kept)
-    print(f"rejection sampling at β {args.beta:g}: {100 * sum(map(len, kept)) / samples:.1f} % of "
+    print(f"rejection sampling at β {beta_of(args):g}: {100 * sum(map(len, kept)) / samples:.1f} % of "
           f"{samples:,} samples accepted, {alone} of {len(kept)} prompts keep the best one only")
     return kept
 
@@ -1137,12 +1295,19 @@ def write_tokens(file, table, scorer, args, autocast):
     print(f"{file}: {len(shown)} completions, tokens coloured by {what} of {scorer.name}")
 
 
-def plot_scores(file, series):
-    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
-    labels = [f"{n}: {mean(v):.2f} ± {std(v):.2f}" for n, v in series.items()]
-    axes.hist(list(series.values()), bins=40, histtype="stepfilled", alpha=0.5, label=labels)
-    axes.set(xlabel="reward", ylabel="completions")
-    axes.legend()
+def plot_scores(file, panels):
+    """A histogram for each panel: title → {name: scores}. Counts become densities where the files
+    are of different sizes."""
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(7 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (title, series) in zip(axes[0], panels.items()):
+        labels = [f"{n}: {mean(v):.2f} ± {std(v):.2f}" for n, v in series.items()]
+        density = len(set(map(len, series.values()))) > 1
+        axis.hist(
+            list(series.values()), bins=40, histtype="stepfilled", alpha=0.5, label=labels,
+            density=density)
+        axis.set(xlabel="reward", ylabel="density" if density else "completions", title=title)
+        axis.legend()
     figure.savefig(file, dpi=150)
     print(f"{file}: histogram")
 
@@ -1175,6 +1340,9 @@ def read_curves(run):
 
 def compare_runs(args):
     """First and last value of every metric of run directories in the terminal, curves in --plot."""
+    if args.tensorboard:
+        for run in args.dataset:
+            write_tensorboard(run, read_curves(run))
     if args.policy or args.output or args.pairs or args.tokens:
         fail("--dataset with run directories goes with --plot, not with --policy, --output, "
              "--pairs or --tokens.")
@@ -1195,6 +1363,15 @@ def compare_runs(args):
         print(f"{name:<28}" + "   ".join(ends))
     if args.plot:
         plot_curves(args.plot, runs, sorted(changing))
+
+
+def write_tensorboard(run, curves):
+    with common.failing("--tensorboard: it needs pip install tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(Path(run) / "tensorboard") as writer:
+        for name, points in curves.items():
+            for step, value in points:
+                writer.add_scalar(name, value, step)
 
 
 def plot_curves(file, runs, names):
@@ -1238,19 +1415,29 @@ def main(argv=None):
             system.alias += f" ({number})"
 
     # --- score
+    beside = load_beside(args)
     table = []
-    for system in systems:
+    for system in systems + beside:
         table += score_system(system, scorers, args, autocast)
     aggregate(table, scorers, args)
+    others = [c for c in table if c.system in beside]
+    table = [c for c in table if c.system not in beside]
 
     # --- report
     describe_reward(scorers, table, args)
     series = report(systems, table, args)
-    print(histogram(series))
+    series |= series_of(beside, others)
+    panels = {scorers[0].name: series}
+    if args.untrained:
+        panels[f"{args.untrained}, a new head"] = untrained_series(table, args, device, autocast)
+    for title, shown in panels.items():
+        if len(panels) > 1:
+            print(title)
+        print(histogram(shown))
 
     # --- write
     if args.plot:
-        plot_scores(args.plot, series)
+        plot_scores(args.plot, panels)
     if args.tokens:
         write_tokens(args.tokens, align(systems, table), scorers[0], args, autocast)
     if args.output and not args.select:

@@ -43,8 +43,9 @@ likelihood on the chosen completions, which makes π_ref where there is no SFT m
 #
 #    The log-ratio is the reward, up to a constant of the prompt. We call
 #    r̂(x, y) = β log π(y|x)/π_ref(y|x) the implicit reward of π: it is what rewards/chosen and
-#    rewards/rejected report, and what score.py --implicit shows. (4) also answers "but the policy
-#    in training is not the optimal one": it is, for its own implicit reward.
+#    rewards/rejected report, and what score.py --implicit shows, also token by token (Rafailov et
+#    al. 2024, arXiv 2404.12358). (4) also answers "but the policy in training is not the optimal
+#    one": it is, for its own implicit reward.
 #
 # 4. What people compare. The Bradley–Terry model (an assumption: one utility, logistic noise)
 #
@@ -59,15 +60,15 @@ likelihood on the chosen completions, which makes π_ref where there is no SFT m
 #    DPO is offline and off policy: the pairs are given, and nobody samples from π to learn.
 #    At the start π = π_ref, h = 0 and L = log 2 = 0.6931 for every pair. Another number is a bug
 #    (dropout, a wrong mask, a reference that is not the starting point), so it is printed beside
-#    the measured one; in bfloat16 rounding shows in the fourth digit.
+#    the measured one; in bfloat16 rounding shows in the fourth digit (0.6930 on HH-RLHF).
 #    A label that is right only with probability p (label smoothing ε: p = 1 − ε, "cDPO"; a column
 #    p_chosen: its own p):
 #
 #        L = −p log σ( β h ) − (1 − p) log σ( −β h ),    least at σ(βh) = p                    (8)
 #
 #    With p = 1 nothing stops h: for labels that are always the same, the optimum has h = ∞ for
-#    every β. With p < 1 h stops at a finite value; that does not bound the KL, which h does not
-#    determine.
+#    every β (Azar et al. 2023, arXiv 2310.12036). With p < 1 h stops at a finite value; that does
+#    not bound the KL, which h does not determine.
 #
 # 5. The gradient, and what its two factors do:
 #
@@ -94,9 +95,8 @@ likelihood on the chosen completions, which makes π_ref where there is no SFT m
 # 7. `--loss sft`: −log π(y_w|x), summed over a step, divided by its tokens; nats a token.     (11)
 #
 # 8. Fitting the policy to a reward model. A trained reward r says of any two completions of a
-# prompt,
-#    labelled by nobody, p = σ( (r_1 − r_2)/T ). `--loss soft` is the cross-entropy (8) between this
-#    p and the win rate σ(βh) that the policy implies:
+#    prompt, labelled by nobody, p = σ( (r_1 − r_2)/T ). `--loss soft` is the cross-entropy (8)
+#    between this p and the win rate σ(βh) that the policy implies:
 #
 #        ∇L_soft = −β ( p − σ( βh ) ) [ ∇ log π(y_1|x) − ∇ log π(y_2|x) ]                     (12)
 #
@@ -129,6 +129,9 @@ from common import (
 TOY = Path(__file__).parent / "tests" / "toy"
 NAME = Path(__file__).stem.removeprefix("train_")    # a copy of this file writes to runs/ITS NAME
 SAVE_SECONDS = 600                                   # a checkpoint at least this often
+# Nats that count as no change: the rounding of float32 sums of hundreds. That of bfloat16 is
+# larger: there some pairs count as right or wrong at step 0 (accuracy 50.9 % on HH-RLHF).
+TIE = 1e-3
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -546,6 +549,12 @@ def micro_loss(logps, ref_logps, shift, groups, args):
     return (losses * weight).sum(), sums
 
 
+def outcome(margin, args):
+    """(M,) differences of implicit rewards → 1 right, 0 wrong, 1/2 a tie."""
+    tie = TIE * (args.beta or 1.0)
+    return 0.5 * (1 + torch.where(margin.abs() > tie, margin.sign(), 0))
+
+
 @torch.no_grad()
 def measure(x, losses, weight, args):
     """Sums of the metrics over some groups, each prompt counting as one → Counter."""
@@ -561,17 +570,15 @@ def measure(x, losses, weight, args):
     chosen = rewards[x.chosen]                                                   # (M,)
     rejected = rewards[x.rejected]                                               # (M,)
     margin = chosen - rejected
-    tie = (args.beta or 1.0) * 1e-3                      # float32 rounding of sums of hundreds
-    sign = torch.where(margin.abs() > tie, margin.sign(), 0)
     values = {
         "logps/chosen": x.policy[x.chosen],
         "logps/rejected": x.policy[x.rejected],
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margin,
-        "rewards/accuracies": 0.5 * (1 + sign)}          # ties count half
+        "rewards/accuracies": outcome(margin, args)}
     if LOSSES[args.loss].reference:
-        values["chosen_fell"] = (chosen < -tie).float()
+        values["chosen_fell"] = (chosen < -TIE * (args.beta or 1.0)).float()
     for name, value in values.items():
         sums[name] = (value * x.weight).double().sum().item()
     return sums
@@ -746,10 +753,13 @@ def change(groups, now, start):
     for name, these in (("short", length <= median), ("long", length > median)):
         if these.any():
             result[f"chosen_change_{name}"] = total[these].mean().item()
-    result["chosen_fell"] = (total < -1e-3).double().mean().item()
-    result["chosen_fell_opening"] = (opening[best] < -1e-3).double().mean().item()
-    if (length > first).any():
-        result["chosen_fell_rest"] = (rest[best][length > first] < -1e-3).double().mean().item()
+    result["chosen_fell"] = (total < -TIE).double().mean().item()
+    result["chosen_change_opening"] = opening[best].mean().item()
+    result["chosen_fell_opening"] = (opening[best] < -TIE).double().mean().item()
+    later = rest[best][length > first]
+    if len(later):
+        result["chosen_change_rest"] = later.mean().item()
+        result["chosen_fell_rest"] = (later < -TIE).double().mean().item()
     return result
 
 
@@ -766,9 +776,13 @@ def evaluate(model, encoder, groups, start, shift, args, packed, autocast, show=
     sums = micro_loss(logps, start["logps"], shift, groups, args)[1]
     result = means(sums, groups, args) | {"n": len(groups)}
     result |= change(groups, tokens, start["tokens"])
-    if "rewards/accuracies" in result:
-        accuracy = result["rewards/accuracies"]
-        result["accuracy_se"] = math.sqrt(accuracy * (1 - accuracy) / len(groups))
+    pairs = compare(groups)
+    if len(pairs.better):                                # pairs of one prompt: not independent
+        ratio = logps - start["logps"][[i for g in groups for i in g.index]]
+        margin = (args.beta or 1.0) * (ratio[pairs.better] - ratio[pairs.worse])
+        cluster = common.number_prompts(groups)[pairs.prompt]
+        right = common.proportion(outcome(margin, args), cluster, pairs.weight)
+        result["accuracy_se"] = right.half
     result |= sample_answers(model, encoder, groups, args, packed, autocast, show, moved)
     return {f"eval/{name}": value for name, value in result.items()}
 
@@ -801,9 +815,9 @@ def sample_answers(model, encoder, groups, args, packed, autocast, show, moved):
         result = own_kl(model, encoder, own, args, packed, autocast)
     if with_answer:
         answers = [str(g.row["answer"]).strip() for g in asked]
-        correct = sum(text == answer for text, answer in zip(texts, answers)) / len(asked)
-        error = math.sqrt(correct * (1 - correct) / len(asked))
-        result |= {"right": correct, "right_se": error, "right_n": len(asked)}
+        correct = torch.tensor([text == answer for text, answer in zip(texts, answers)])
+        right = common.proportion(correct, torch.arange(len(asked)))         # a prompt each
+        result |= {"right": right.mean, "right_se": right.half, "right_n": len(asked)}
     return result
 
 

@@ -12,12 +12,14 @@ step's ratio is exactly 1, its KL exactly 0.
   advantage   (r − mean of the group) / (std of the group + 1e-4), std with G − 1; see (5)
   weight      1/|o| within a completion, then the mean over the completions of the step
   clip        ratio per token, 1 − 0.2 … 1 + 0.2; matters only after a batch's first update
-  KL          k3 to the starting policy, per token, added to the loss with β = 0.04; see (9)
+  KL          k3 · ρ to the starting policy, per token, added to the loss with β = 0.04; see (9)
   groups of zero variance (all rewards alike) have advantage 0. With β > 0 they give KL gradient,
               with β = 0 nothing is computed for them. They stay in every denominator, unless
               --dynamic-sampling replaces them
-Differs from the paper in: π_ref stays the starting policy, which algorithm 1 there renews in each
-iteration, as it does the reward model; and in the + 1e-4. One update per batch is the paper's.
+Differs from the paper in: the KL is k3 · ρ, which descends the KL of the objective, where the
+paper's k3 (`--kl k3`) descends the opposite one, and less reward is found; π_ref stays the starting
+policy, which algorithm 1 there renews in each iteration, as it does the reward model; and in the
++ 1e-4. One update per batch is the paper's.
 A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs here unchanged.
 """
 # --- derivation -----------------------------------------------------------------------------------
@@ -92,8 +94,8 @@ A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs he
 #        k3        E[(1 − e^d) ∇ log π] = ∇ KL(π_ref ‖ π), the paper's           --kl k3
 #        k3 · ρ    ∇ KL(π ‖ π_ref), unbiased also off policy                     --kl k3-unbiased
 #
-#    (the last: DeepSeek-V3.2, arXiv 2512.02556; on policy its gradient is that of k2, sample by
-#    sample). Summed over a completion these take the prefixes as given: what o_1 does to the KL of
+#    (the last: DeepSeek-V3.2, arXiv 2512.02556, and the default here; on policy its gradient is that
+#    of k2, sample by sample). Summed over a completion these take the prefixes as given: what o_1 does to the KL of
 #    o_2 is missing. The KL of whole completions is an expected reward like any other, so by (2) it
 #    is exact, with more variance, where it is subtracted (and the tokens of all completions weigh
 #    alike, as in rloo and dr-grpo):
@@ -198,11 +200,11 @@ def parse_args(argv=None):
     g.add_argument("--clip-high", type=within("[0, inf)"), help="ε_high; default by loss: " + ", ".join(f"{name} {row.clip_high:g}" for name, row in VARIANTS.items()))
     g.add_argument("--dual-clip", type=within("[0, inf)"), default=0.0, metavar="C", help="grpo, dapo, dr-grpo: for A < 0 no objective below C·A, C > 1 (0 = off)")
     g.add_argument("--beta", type=within("[0, inf)"), default=0.04, help="weight of the KL to the reference (0: none is loaded)")
-    g.add_argument("--kl", choices=["k3", "k2", "k3-unbiased", "reward"], default="k3", help="estimator and place of the KL (9) (10)")
+    g.add_argument("--kl", choices=["k3-unbiased", "k3", "k2", "reward"], default="k3-unbiased", help="estimator and place of the KL (9) (10); k3: the paper's")
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
     g.add_argument("--updates-per-batch", type=count, default=1, help="passes over each batch of samples")
     g.add_argument("--minibatches", type=count, default=1, help="optimizer steps per pass, over disjoint parts of the batch")
-    g.add_argument("--mask-truncated", action="store_true", help="completions truncated at --max-new-tokens do not count: in no sum, no denominator")
+    g.add_argument("--mask-truncated", action="store_true", help="completions truncated at --max-new-tokens do not count: in no mean or std of their group, in no sum, in no denominator")
     p.set_defaults(dataset=f"{TOY}/prompts.jsonl", learning_rate=5e-4)
     args = p.parse_args(argv)
 
@@ -687,14 +689,16 @@ def model_reward(path, what, args, device):
     model = common.load_reward_model(path, encoder, device, FLAG)
     autocast = common.pick_autocast(args.dtype, device)
     mean = getattr(model.config, "reward_mean", 0.0)
-    std = getattr(model.config, "reward_std", 1.0) or 1.0
+    width = "reward_std_calibrated" if args.calibrate_length else "reward_std"
+    std = getattr(model.config, width, 1.0) or 1.0
     curve = getattr(model.config, "reward_by_length", None)
     packed = None                                            # not known before the first completion
     if not hasattr(model.config, "reward_mean"):
         print(f"note: {path} stores no statistics of its scores (train_rm.py does), so they are "
               "not z-scored")
-    if args.calibrate_length and not curve:
-        fail(f"--calibrate-length: {path} stores no length curve; train it with train_rm.py.")
+    if args.calibrate_length and not (curve and hasattr(model.config, width)):
+        fail(f"--calibrate-length: {path} stores no length curve, or no std of its scores without "
+             "their length trend; train it with train_rm.py.")
 
     def reward(groups, texts, ids, ended):
         nonlocal packed
@@ -719,6 +723,8 @@ def model_reward(path, what, args, device):
             lengths = [len(g.completion_ids[0]) for g in scored]
             values = common.calibrate(values, lengths, curve, mean)
         return (checked(values, texts, what) - mean) / std
+
+    reward.unit = hasattr(model.config, "reward_mean")
     return reward
 
 
@@ -758,6 +764,12 @@ def sample_and_reward(model, encoder, groups, rewards, args, autocast, n, seed, 
         seconds=Counter(sample=sampled - began, reward=time.perf_counter() - sampled))
 
 
+def counted_reward(rollout, args):
+    """The reward with NaN, as where there is none, for what --mask-truncated leaves out: (N,)"""
+    masked = ~rollout.ended & args.mask_truncated
+    return torch.where(masked, math.nan, rollout.reward)
+
+
 def fill(rollout, sample_more, train, asked, args, step):
     """Dynamic sampling: zero-variance groups give way to groups for other prompts of `train`, in at
     most 4 rounds. On the raw reward, before length shaping (as in DAPO).
@@ -766,7 +778,7 @@ def fill(rollout, sample_more, train, asked, args, step):
     Returns (what to learn from, all that was sampled).
     """
     def varied(some):
-        return some.take(~zero_variance(some.by_prompt(some.reward)))
+        return some.take(~zero_variance(some.by_prompt(counted_reward(some, args))))
 
     every = rollout
     kept = varied(rollout)
@@ -825,16 +837,13 @@ def prepare(rollout, model, reference, args, packed, autocast):
     """
     lengths = rollout.lengths                                                    # (N,)
     penalty = overlong_penalty(lengths, args.max_new_tokens, args.overlong_penalty)
-    reward = rollout.reward + penalty                                            # (N,)
+    reward = counted_reward(rollout, args) + penalty                             # (N,)
     scale = advantage_scale(args)
     A = advantages(rollout.by_prompt(reward), scale).flatten()                   # (N,)
 
     # What counts is in the denominators; without a KL, advantage 0 needs no computation.
-    masked = ~rollout.ended & args.mask_truncated                                # (N,)
-    counted = ~reward.isnan() & ~masked                                          # (N,)
+    counted = ~reward.isnan()                                                    # (N,)
     needs_gradient = counted & ((A != 0) | (args.beta > 0))                      # (N,)
-    if args.kl == "reward":              # a group's mean KL has all of its completions in it
-        needs_gradient = ~reward.isnan()
 
     part = rollout.prompt % args.minibatches                                     # (N,)
     minibatches = []
@@ -865,7 +874,18 @@ def reward_means(rollout):
     return {name: r.nanmean().item() for name, r in columns.items() if not r.isnan().all()}
 
 
-def describe(rollout):
+def unusual(rollout, rewards):
+    """Of each reward model, the fraction of scores more than 3 stored standard deviations from the
+    mean of its training completions: unlike anything that it learnt from."""
+    result = {}
+    for name, reward in rewards.items():
+        if getattr(reward, "unit", False):
+            far = rollout.rewards[name].abs() > 3
+            result[f"rewards/{name}/unusual"] = far.double().mean().item()
+    return result
+
+
+def describe(rollout, rewards, args):
     """Metrics of a step's samples: rewards, lengths, repetition, time."""
     r = rollout.by_prompt(rollout.reward)                                        # (P, G)
     lengths = rollout.lengths.double()                                           # (N,)
@@ -873,14 +893,15 @@ def describe(rollout):
     for p in range(len(rollout.groups)):
         different = set(map(tuple, rollout.ids[rollout.span(p)]))
         repeated.append(1 - len(different) / rollout.size)
-    result = reward_means(rollout) | {
+    result = reward_means(rollout) | unusual(rollout, rewards) | {
         "frac_reward_zero_std": zero_variance(r).double().mean().item(),
         "completions/sampled_groups": len(rollout.groups),
-        "entropy": -(rollout.logps.sum() / lengths.sum()).item(),
         "completions/mean_length": lengths.mean().item(),
         "completions/identical": statistics.mean(repeated),
         "completions/clipped_ratio": 1 - rollout.ended.double().mean().item(),
         "sample_tokens_per_second": lengths.sum().item() / rollout.seconds["sample"]}
+    if args.top_p == 1:                  # else samples are not the policy's: no estimate of it
+        result["entropy"] = -(rollout.logps.sum() / lengths.sum()).item()
     if "reward" in result:
         result["reward_std"] = centre(r)[2].mean().item()
     for name, values in rollout.rewards.items():
@@ -916,8 +937,8 @@ def sample_line(prompt, texts, values):
 def evaluate(model, encoder, groups, rewards, args, autocast, show=0):
     """Fresh samples for held-out prompts: mean reward, pass@1 … pass@k with errors over prompts.
 
-    A sample passes where the first --reward is above 0.5: exact for rewards of 0 and 1, a threshold
-    for others. One without a reward is neither correct nor wrong.
+    A sample passes where the first --reward is 1; where it is not always 0 or 1 (a reward model's
+    score) there is no pass@k. A sample without a reward is neither correct nor wrong.
     """
     seed = draw_seed(args.seed, "eval")
     rollout = sample_and_reward(
@@ -932,13 +953,16 @@ def evaluate(model, encoder, groups, rewards, args, autocast, show=0):
 
     first = rollout.by_prompt(next(iter(rollout.rewards.values())))              # (P, k)
     judged = (~first.isnan()).sum(1).tolist()                                    # (P,)
-    correct = (first > 0.5).sum(1).tolist()                                      # (P,)
+    correct = (first == 1).sum(1).tolist()                                       # (P,)
+    binary = bool(((first == 0) | (first == 1) | first.isnan()).all())
+    prompts = common.number_prompts(groups).tolist()                             # (P,)
     for k in sorted({2 ** i for i in range(args.eval_k.bit_length())} | {args.eval_k}):
+        cluster = [p for p, n in zip(prompts, judged) if n >= k]
         estimates = [pass_at_k(n, c, k) for n, c in zip(judged, correct) if n >= k]
-        if estimates:
-            spread = statistics.stdev(estimates) if len(estimates) > 1 else 0.0
-            result[f"pass@{k}"] = statistics.mean(estimates)
-            result[f"pass@{k}_se"] = spread / math.sqrt(len(estimates))
+        if estimates and binary:
+            solved = common.proportion(torch.tensor(estimates), torch.tensor(cluster))
+            result[f"pass@{k}"] = solved.mean
+            result[f"pass@{k}_se"] = solved.half
 
     for p in range(min(show, len(groups))):
         mine = rollout.span(p)
@@ -1154,6 +1178,7 @@ def main(argv=None):
     steps = range(start, len(plan))
     bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
     # --- end shared ---
+    alarmed = set()                  # reward models that were said to be out of their depth
     recent = []                      # rows of completions.jsonl: the last eight steps
     if start and (out / "completions.jsonl").is_file():
         with common.failing(f"--resume: {out / 'completions.jsonl'} cannot be read"):
@@ -1169,7 +1194,12 @@ def main(argv=None):
             rollout = every
             if args.dynamic_sampling:
                 rollout, every = fill(every, sample_more, train, plan[step], args, step)
-        metrics = describe(every)
+        metrics = describe(every, rewards, args)
+        for name in set(rewards) - alarmed:
+            if metrics.get(f"rewards/{name}/unusual", 0) > 0.05:
+                alarmed.add(name)
+                tqdm.write(f"step {step + 1}: more than 5 % of the scores of {name} lie 3 standard "
+                           "deviations from those of its training: do not trust it here")
 
         # Learn from it: --updates-per-batch passes over --minibatches disjoint parts.
         if rollout.groups:

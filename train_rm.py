@@ -7,7 +7,8 @@
 With no flags it trains on the toy of tests/toy (sums) and ends with the fraction of unseen sums
 whose correct completion it prefers: about 99 %. Before the first step that is whatever the random
 head gives (54.5, 21.0, 32.5 % for seeds 0 to 2); it is measured and reported, and beside its loss
-stands that of an uninformative score: 0.6931 = log 2.
+stands that of an uninformative score: 0.6931 = log 2. A head that starts at zero begins there and
+ranks as well at the end, but its scores stay smaller: held-out loss 0.17 instead of 0.07.
 
 Differs from the papers in: the score is read at the last token *by length*, whatever its id, and
 the head has no bias (a constant changes no comparison). The result is a plain
@@ -77,15 +78,24 @@ for padding and reads the token before. Variants are one function and one row of
 #
 #    Ties are not compared: each is a choice out of itself and those that are strictly worse.
 #
-# 6. Centring, `--center-coef c`, picks the member of the class (3) whose pairs have mean score 0
-#    (Eisenstein et al. 2023, arXiv 2312.09244; mean over pairs):
+# 6. Centring, `--center-coef c`, picks the member of the class (3) whose prompts have mean score 0
+#    (Eisenstein et al. 2023, arXiv 2312.09244, who have pairs only; mean over prompts):
 #
-#        L + c ( r_w + r_l )²,    gradient 2c ( r_w + r_l ) [ ∇ r_w + ∇ r_l ]                 (10)
+#        L + c ( 2/K Σ_k r_k )²,    for a pair c ( r_w + r_l )²                               (10)
 #
-#    It moves r_w + r_l while (4) moves r_w − r_l: it fixes the offset and not what is preferred. A
-#    large c would still cost capacity; 0.01 is usual.
+#    It moves the mean of a prompt's scores while (4) moves their differences: it fixes the offset
+#    and not what is preferred. The sum of (r_i + r_j)² over all pairs of a list would not do: it is
+#    (K − 2) Σ r² + (Σ r)², and its first term shrinks the differences. A large c would still cost
+#    capacity; 0.01 is usual.
 #
-# 7. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists
+# 7. Single completions, each with a label, good or bad (`--loss pointwise`): a verifier. The score is
+#    the log-odds of "good", so it has an absolute meaning, and (3) does not hold:
+#
+#        L = −p log σ( r ) − (1 − p) log σ( −r ),    p = 1 − ε where good, else ε             (11)
+#
+#    The head has no bias: the share of good completions is learnt by the weights.
+#
+# 8. What a reward model is not. It has learnt what tells chosen from rejected *here*: length, lists
 #    and a confident tone do so in most data. Hence accuracy is reported where the chosen completion
 #    is the longer and where it is the shorter, beside that of length alone. Off the data its score
 #    is an extrapolation, and an optimiser looks exactly there: the more a policy is pushed, the
@@ -162,7 +172,7 @@ def parse_args(argv=None):
     losses = [f"{name}: {row.function.__doc__.splitlines()[0]}" for name, row in LOSSES.items()]
     g.add_argument("--loss", choices=LOSSES, default="bradley-terry", help="; ".join(losses))
     g.add_argument("--label-smoothing", type=within("[0, 0.5)"), default=0.0, help="probability that a label is wrong (5)")
-    g.add_argument("--center-coef", type=within("[0, inf)"), default=0.0, help="weight of (r_w + r_l)², which fixes the offset (10)")
+    g.add_argument("--center-coef", type=within("[0, inf)"), default=0.0, help="weight of (2 · mean score of a prompt)², which fixes the offset (10)")
     p.set_defaults(dataset=f"{TOY}/pairs.jsonl", learning_rate=3e-4)
     args = p.parse_args(argv)
 
@@ -187,6 +197,7 @@ class Completions:
     p: torch.Tensor           # (M,) probability that the label is right
     margin: torch.Tensor      # (M,) by how much the better one is better
     weight: torch.Tensor      # (M,) 1 / pairs of the same prompt, the 1/n of (7)
+    p_good: torch.Tensor | None = None   # (K,) probability that the completion is good (pointwise)
 
     @property
     def h(self):
@@ -220,6 +231,16 @@ def plackett_luce(x, args):
     return top + total.log() - x.rewards                                         # (K,)  (9)
 
 
+def pointwise(x, args):
+    """cross-entropy of σ(r) with the label of each completion: a verifier (11)
+
+    No comparisons; mean over completions. → (K,)
+    """
+    good = F.logsigmoid(x.rewards)                                               # (K,)
+    bad = F.logsigmoid(-x.rewards)                                               # (K,)
+    return -x.p_good * good - (1 - x.p_good) * bad                               # (K,)  (11)
+
+
 class Loss(NamedTuple):
     """A row of LOSSES: the function, and what the loop must know of it."""
     function: Callable        # (Completions, args) → losses of pairs (M,) or completions (K,)
@@ -236,7 +257,15 @@ LOSSES = {
     "plackett-luce": Loss(
         plackett_luce, gives=("pair", "list"), per="completions",
         reads=("center_coef",), columns=()),
+    "pointwise": Loss(
+        pointwise, gives=("label",), per="completions", reads=("label_smoothing",), columns=()),
 }
+
+
+def labels(groups, rewards):
+    """1 for the good and 0 for the bad of single completions; of others nothing: (K,)"""
+    column = [score if len(g.scores) == 1 else 0.5 for g in groups for score in g.scores]
+    return torch.tensor(column, dtype=rewards.dtype, device=rewards.device)
 
 
 def micro_loss(rewards, groups, args):
@@ -254,14 +283,17 @@ def micro_loss(rewards, groups, args):
         rejected=pairs.worse,
         p=pairs.p,
         margin=pairs.margin,
-        weight=pairs.weight)
+        weight=pairs.weight,
+        p_good=labels(groups, rewards).clamp(args.label_smoothing, 1 - args.label_smoothing))
 
     losses = loss.function(x, args)                                              # (M,) or (K,)
     weight = x.weight if loss.per == "pairs" else torch.ones_like(losses)
     terms = losses * weight
     if args.center_coef:
-        centre = args.center_coef * (rewards[x.chosen] + rewards[x.rejected]) ** 2   # (M,)  (10)
-        terms = torch.cat([terms, centre * x.weight])
+        sizes = torch.tensor([len(g.completion_ids) for g in groups], device=rewards.device)
+        owner = torch.arange(len(groups), device=rewards.device).repeat_interleave(sizes)
+        middle = common.sum_by(rewards, owner, len(groups)) / sizes              # (groups,)
+        terms = torch.cat([terms, args.center_coef * (2 * middle) ** 2])         # (10)
     sums = measure(x, terms.detach())
     return terms.sum(), sums
 
@@ -270,6 +302,10 @@ def micro_loss(rewards, groups, args):
 def measure(x, terms):
     """Sums of the metrics over some groups, each prompt counting as one → Counter."""
     sums = Counter(loss=terms.double().sum().item())
+    if len(x.chosen) == 0:                               # single completions
+        right = 0.5 * (1 + (x.rewards * (2 * x.p_good - 1)).sign())
+        sums["rewards/accuracies"] = right.double().sum().item()
+        return sums
     values = {
         "rewards/chosen": x.rewards[x.chosen],
         "rewards/rejected": x.rewards[x.rejected],
@@ -301,6 +337,12 @@ def correlation(x, y):
     return (x_centred @ y_centred).item() / norms if norms > 0 else None
 
 
+def calibration_error(correct, sure):
+    """ECE of M pairs: of each bin |fraction correct − mean probability|, weighted by its pairs."""
+    bins = ((sure - 0.5) * 10).long().clamp(max=4)                               # (M,)
+    return common.sum_by(correct - sure, bins, 5).abs().sum().item() / len(sure)
+
+
 def evaluate(groups, scores, args):
     """Exact means over all pairs of the groups (never a mean of batch means); scores: (N,).
 
@@ -308,27 +350,39 @@ def evaluate(groups, scores, args):
     label 1, −h with label 0), for with the chosen one always first the label would say nothing. The
     two ways mirror each other, so five bins over the probability of the preferred side, 0.5 to 1,
     hold the same number.
+    eval/ece_floor: what it would be of a perfectly calibrated model with these h, by chance alone;
+    about 0.05 for 200 pairs.
+    eval/auc, of single completions: how often a good one scores higher than a bad one.
     eval/length_accuracy: what the better of "the longer wins" and "the shorter wins" gets right,
     without any model.
     """
     rewards = scores.double()                                                    # (N,)
     lengths = completion_lengths(groups)                                         # (N,)
     pairs = compare(groups)
+    prompt = common.number_prompts(groups)                                       # (groups,)
     h = rewards[pairs.better] - rewards[pairs.worse]                             # (M,)
+    cluster = prompt[pairs.prompt]                                               # (M,)
+    if args.loss == "pointwise":                             # a completion a group, none a pair
+        good = labels(groups, rewards) == 1                                      # (N,)
+        h = torch.where(good, rewards, -rewards)
+        cluster = prompt
     correct = 0.5 * (1 + h.sign())                                               # (M,) ties half
     accuracy = correct.mean()
     n = len(h)
     result = means(micro_loss(rewards, groups, args)[1], groups)
     result |= {"n": n, "rewards/accuracies": accuracy.item()}
 
-    # Pairs of one list are not independent: the error of a ratio of sums over prompts. Where every
-    # prompt has one pair it is √(p(1 − p)/n).
-    by_prompt = common.sum_by(correct - accuracy, pairs.prompt, len(groups))
-    result["accuracy_se"] = by_prompt.norm().item() / n
+    # What is said of one prompt is not independent.
+    result["accuracy_se"] = common.proportion(correct, cluster).half
 
     sure = torch.sigmoid(h.abs())                                                # (M,) 0.5 … 1
-    bins = ((sure - 0.5) * 10).long().clamp(max=4)                               # (M,)
-    result["ece"] = common.sum_by(correct - sure, bins, 5).abs().sum().item() / n
+    result["ece"] = calibration_error(correct, sure)
+    generator = torch.Generator().manual_seed(0)
+    floor = []
+    for _ in range(100):
+        drawn = torch.rand(n, generator=generator, dtype=torch.float64) < sure
+        floor.append(calibration_error(drawn.double(), sure))
+    result["ece_floor"] = sum(floor) / 100
     result["score_mean"] = rewards.mean().item()
     result["score_std"] = rewards.std(correction=0).item()
 
@@ -336,6 +390,13 @@ def evaluate(groups, scores, args):
     trend = correlation(rewards, lengths)
     if trend is not None:
         result["length_correlation"] = trend
+    if args.loss == "pointwise":
+        if good.any() and not good.all():
+            worse = rewards[~good].sort().values             # of any prompts
+            below = torch.searchsorted(worse, rewards[good])                     # ties count half
+            not_above = torch.searchsorted(worse, rewards[good], right=True)
+            result["auc"] = ((below + not_above) / 2).double().mean().item() / len(worse)
+        return {f"eval/{name}": value for name, value in result.items()}
     longer = 0.5 * (1 + (lengths[pairs.better] - lengths[pairs.worse]).sign())   # (M,) 0.5: as long
     for name, value in {"longer": 1, "shorter": 0}.items():
         some = correct[longer == value]
@@ -358,8 +419,14 @@ def eval_line(step, result, expected=None):
     if expected is not None:
         line += f" ({expected:.4f} if all scores were equal)"
     line += f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} %"
-    line += f" of {r['n']:,} pairs, margin {r['rewards/margins']:.3f}, ECE {r['ece']:.3f}"
+    if "rewards/margins" in r:
+        line += f" of {r['n']:,} pairs, margin {r['rewards/margins']:.3f}, ECE {r['ece']:.3f}"
+    else:
+        line += f" of {r['n']:,} completions, AUC {r.get('auc', math.nan):.3f}, ECE {r['ece']:.3f}"
+    line += f" (perfect calibration: {r['ece_floor']:.3f})"
     line += f", scores {r['score_mean']:.2f} ± {r['score_std']:.2f}"
+    if "rewards/margins" not in r:
+        return line
     line += f"\n  length: alone it gets {percent('length_accuracy')}"
     line += f"; accuracy {percent('accuracy_longer')} where the chosen completion is the longer"
     line += f" ({r['n_longer']:,}), {percent('accuracy_shorter')} where the shorter"
@@ -391,12 +458,15 @@ def note_statistics(config, groups, scores):
     """Mean, std and length curve of the scores (N,), into the config.
 
     With them score.py and GRPO put on one scale the scores of different models and of completions
-    of different lengths.
+    of different lengths. Scores without their length trend vary less: their std is kept, too.
     """
     rewards = scores.double()
+    lengths = completion_lengths(groups)
     config.reward_mean = rewards.mean().item()
     config.reward_std = rewards.std(correction=0).item()
-    config.reward_by_length = common.length_curve(rewards, completion_lengths(groups))
+    config.reward_by_length = common.length_curve(rewards, lengths)
+    calibrated = common.calibrate(rewards, lengths, config.reward_by_length, config.reward_mean)
+    config.reward_std_calibrated = calibrated.std(correction=0).item()
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -486,7 +556,7 @@ def main(argv=None):
                 fail(f"{g.where}: column '{given[0]}' belongs to a pair under --loss "
                      f"bradley-terry; --columns unused={given[0]} takes it away.")
         common.read_soft_labels(groups, args.label_smoothing)
-        kept = [g for g in groups if len(set(g.scores)) > 1]
+        kept = [g for g in groups if len(set(g.scores)) > 1 or args.loss == "pointwise"]
         if len(kept) < len(groups):
             account.dropped["where no completion is better than another"] = len(groups) - len(kept)
         return kept
@@ -499,7 +569,8 @@ def main(argv=None):
     # --- end shared ---
     train, held_out = common.load_data(
         args, encoder, usable, max_length, prepare,
-        why=" (a reward is learnt from comparisons of completions of the same prompt)")
+        why=" with this --loss (a reward is learnt from comparisons of completions of the same "
+        "prompt, or with --loss pointwise from rows with a label)")
 
     torch.manual_seed(args.seed)                             # a new head is a function of the seed
     model = common.load_reward_model(args.model, encoder, device, "--model", new_head=True)

@@ -493,7 +493,7 @@ def test_g16_soft_overlong_penalty_and_dynamic_sampling_on_the_raw_reward():
     assert overlong_penalty(torch.tensor([3, 16, 18, 20, 25]), 20, 4).tolist() == [0, 0, -0.5, -1, -1]
     assert overlong_penalty(torch.tensor([100]), 20, 0).tolist() == [0]
     assert zero_variance(torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, math.nan]])).tolist() == [True, False, True]
-    args = SimpleNamespace(seed=0)
+    args = SimpleNamespace(seed=0, mask_truncated=False)
     train = list(range(9))
     asked = []
     seeds = []
@@ -888,6 +888,7 @@ PARTS = {                                                    # flags under which
     "KL in the reward": ["--kl", "reward"],
     "rloo": ["--loss", "rloo"],
     "dr-grpo": ["--loss", "dr-grpo"],
+    "the paper's KL": ["--kl", "k3"],
 }
 
 SOME_REWARDS = """
@@ -962,12 +963,14 @@ def test_the_first_gradient_of_the_loop_is_that_of_the_formulas(name, tmp_path, 
     for x, y, ids in zip(optional(rollout.rewards["a"]), optional(rollout.rewards["b"]), rollout.ids):
         penalty = max(0, len(ids) - 2) / 2 if args.overlong_penalty else 0
         r.append(None if x is None else join([w[0] * x, w[1] * y]) - penalty)
+    if args.mask_truncated:                                  # no part of their group either
+        r = [x if ended else None for x, ended in zip(r, rollout.ended)]
 
     terms = []
     for i in range(24):
         group = [j for j in range(i // 6 * 6, i // 6 * 6 + 6) if r[j] is not None]
         n = len(group)
-        if r[i] is None or args.mask_truncated and not rollout.ended[i] or i // 6 % args.minibatches:
+        if r[i] is None or i // 6 % args.minibatches:
             continue
         A = r[i] - statistics.mean(r[j] for j in group)
         if n < 2:
@@ -980,7 +983,9 @@ def test_the_first_gradient_of_the_loop_is_that_of_the_formulas(name, tmp_path, 
             A -= 0.5 * (k1[i] - statistics.mean(k1[j] for j in group))
         p = new[i]
         q = old[i]
-        kl = {"k3": (q - p).exp() - 1 - (q - p), "k2": (q - p) ** 2 / 2, "reward": 0 * p}[args.kl]
+        k3 = (q - p).exp() - 1 - (q - p)
+        kinds = {"k3-unbiased": (p - p.detach()).exp() * k3, "k3": k3, "k2": (q - p) ** 2 / 2, "reward": 0 * p}
+        kl = kinds[args.kl]
         terms.append(-A * p + 0.5 * kl)
     ended = rollout.ended.tolist()
     assert None in r and any(ended) and (not all(ended) or args.max_new_tokens > 3)

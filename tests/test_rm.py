@@ -73,9 +73,9 @@ def plackett_luce(rewards, *scores):
     return loss_of("plackett-luce", rewards, *scores)
 
 
-def group(scores, completion_ids):
+def group(scores, completion_ids, prompt_ids=(1,)):
     """A group as the losses read it."""
-    return common.Group("", "", [], scores=scores, prompt_ids=[1], completion_ids=completion_ids)
+    return common.Group("", "", [], scores=scores, prompt_ids=list(prompt_ids), completion_ids=completion_ids)
 
 
 def forward(model, groups, packed):
@@ -294,7 +294,7 @@ def test_step_loss_and_gradient_against_float64(name):
                 right = torch.log(1 / (1 + (g.margin - h).exp()))
                 wrong = torch.log(1 / (1 + (g.margin + h).exp()))
                 total = total - (p * right + (1 - p) * wrong) / len(pairs)
-        total = total + args.center_coef * sum((r[i] + r[j]) ** 2 for i, j in pairs) / len(pairs)
+        total = total + args.center_coef * (2 * sum(r) / len(r)) ** 2
     expected = total / len(groups)
     expected.backward()
     loss, gradient = step_gradient(model, groups, args, 100)
@@ -399,12 +399,13 @@ def test_c10_constant_scores_have_accuracy_one_half_and_no_correlation():
 
 def test_evaluation_by_hand():
     """Three pairs with lengths (1, 2), (2, 1), (1, 3) and differences 1, −2, 0; every number worked out here."""
-    groups = [group([1, 0], [[5] * a, [6] * b]) for a, b in ((1, 2), (2, 1), (1, 3))]
+    groups = [group([1, 0], [[5] * a, [6] * b], [a, b]) for a, b in ((1, 2), (2, 1), (1, 3))]
     x = torch.tensor([2.0, 1, 0, 2, 1, 1])
     y = torch.tensor([1.0, 2, 2, 1, 1, 3])
     result = evaluate(groups, x, train_rm.parse_args([]))
     assert result["eval/rewards/accuracies"] == pytest.approx(0.5) and result["eval/n"] == 3
-    assert result["eval/accuracy_se"] == pytest.approx(math.sqrt(0.5 ** 2 + 0.5 ** 2) / 3)
+    # Three prompts: V = 3/2 · Σ (v − p)² / 3² = 1/12, so n = p (1 − p) / V = 3; Wilson with z = 1.
+    assert result["eval/accuracy_se"] == pytest.approx(math.sqrt(0.25 / 3 + 1 / 36) / (1 + 1 / 3))
     assert result["eval/loss"] == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(2)) + math.log(2)) / 3)
     one = 1 / (1 + math.exp(-1))
     two = 1 / (1 + math.exp(-2))
@@ -430,10 +431,11 @@ def test_ece_equals_ten_bins_on_pairs_taken_both_ways_round():
 
 def test_accuracy_of_lists_counts_all_pairs_and_the_error_counts_prompts():
     ranked = group([3, 2, 1], [[5], [6], [7]])
-    pair = group([1, 0], [[5], [6]])
+    pair = group([1, 0], [[5], [6]], [2])
     result = evaluate([ranked, pair], torch.tensor([1.0, 3.0, 2.0, 1.0, 0.0]), train_rm.parse_args([]))
     assert result["eval/n"] == 4 and result["eval/rewards/accuracies"] == 0.5            # one of the list and the pair
-    assert result["eval/accuracy_se"] == pytest.approx(math.sqrt((1 - 1.5) ** 2 + (1 - 0.5) ** 2) / 4)
+    # Of two prompts: V = 2 · (0.5² + 0.5²) / 4² = 1/16, as if the four were independent: n = 4.
+    assert result["eval/accuracy_se"] == pytest.approx(math.sqrt(0.25 / 4 + 1 / 64) / (1 + 1 / 4))
 
 
 def correlation(x, y):

@@ -18,7 +18,7 @@ import score
 import train_dpo
 from score import (
     Scorer, System, align, best_of_n, best_of_n_kl, bootstrap, correlation, histogram, main, read_as, rejection_sample,
-    tokens_page, wilson, win)
+    tokens_page, win)
 
 TOY = Path(__file__).parent / "toy"
 NONE = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -175,9 +175,10 @@ def test_bootstrap_covers_the_mean_and_resamples_prompts():
 
 
 def test_wilson_against_known_values():
-    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    low, high = wilson(1.0, 20)
-    assert low == pytest.approx(0.8389, abs=1e-3) and high == pytest.approx(1.0)
+    p = common.proportion(torch.arange(100) % 2, torch.arange(100), z=1.96)
+    assert p.mean == 0.5 and (p.low, p.high) == pytest.approx((0.4038, 0.5962), abs=1e-3)
+    p = common.proportion(torch.ones(20), torch.arange(20), z=1.96)
+    assert p.low == pytest.approx(0.8389, abs=1e-3) and p.high == pytest.approx(1.0)
 
 
 def test_ties_count_half_and_1e_3_is_told_apart():
