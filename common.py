@@ -97,6 +97,8 @@ def pick_device(name):
     with failing(f"--device {name}: not available on this machine"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # .item(): the device "meta" holds no numbers
+    if device.type == "cuda":  # cuDNN plans for every new shape, half a second each: ours all are
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
