@@ -554,6 +554,7 @@ class Encoder:
         self.chat = chat
         self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
         self.template_rewrites = False  # True once the chat template changed a completion
+        self.ready = {}                 # (text, control) → ids, see encode_ahead()
         if template_file:
             with failing(f"--chat-template {template_file}: cannot be read as text"):
                 tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
@@ -590,6 +591,8 @@ class Encoder:
 
     def plain(self, text, control=False):
         """Token ids without BOS. control: special strings are those tokens, else ordinary text."""
+        if (text, control) in self.ready:
+            return self.ready[text, control]
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)
         return encoded["input_ids"]
 
@@ -646,11 +649,14 @@ class Encoder:
     def is_chat(self, prompt):
         return self.chat or not isinstance(prompt, str)
 
+    def prompt_text(self, prompt, where="prompt"):
+        if self.is_chat(prompt):
+            return self.render(self.messages(prompt), where, generation_prompt=True)
+        return prompt
+
     def prompt(self, prompt, where="prompt"):
         """Text or messages → (prompt_ids, text): the same in training, sampling and scoring."""
-        text = prompt
-        if self.is_chat(prompt):
-            text = self.render(self.messages(prompt), where, generation_prompt=True)
+        text = self.prompt_text(prompt, where)
         return self.with_bos(self.ids(text, control=self.is_chat(prompt))), text
 
     def joined_text(self, group, completion, prompt_text):
@@ -667,8 +673,31 @@ class Encoder:
         self.template_rewrites |= completion not in text.replace(MARK, "")
         return text
 
-    def __call__(self, group):
-        """Fills prompt_ids, completion_ids and ended of a group.
+    def texts(self, group):
+        """(text of the prompt, [text of prompt and completion together, …]) of a group."""
+        prompt_text = self.prompt_text(group.prompt, group.where)
+        return prompt_text, [self.joined_text(group, c, prompt_text) for c in group.completions]
+
+    def encode_ahead(self, groups, texts):
+        """Tokenises the texts of some groups in one go: a batch runs in all threads."""
+        pieces = {False: [], True: []}  # by whether special strings are those tokens
+        for group, (prompt_text, joint) in zip(groups, texts):
+            chat = self.is_chat(group.prompt)
+            for text in (prompt_text, *joint):
+                for i, piece in enumerate(text.split(MARK) if chat else [text]):
+                    pieces[chat and i % 2 == 0].append(piece)
+
+        self.ready = {}
+        for control, some in pieces.items():
+            different = [piece for piece in dict.fromkeys(some) if piece]
+            if different:
+                encoded = self.tokenizer(
+                    different, add_special_tokens=False, split_special_tokens=not control)
+                for piece, ids in zip(different, encoded["input_ids"]):
+                    self.ready[piece, control] = ids
+
+    def __call__(self, group, texts=None):
+        """Fills prompt_ids, completion_ids and ended of a group. texts: what texts() gives.
 
         Prompt and completion are encoded apart and concatenated, so the boundary never moves and
         every completion of a prompt has the same prompt ids. Where the ids of prompt + completion
@@ -676,10 +705,10 @@ class Encoder:
         see such text); where a merge crosses the boundary, the completion is encoded alone.
         """
         chat = self.is_chat(group.prompt)
-        group.prompt_ids, prompt_text = self.prompt(group.prompt, group.where)
+        prompt_text, joined = texts or self.texts(group)
+        group.prompt_ids = self.with_bos(self.ids(prompt_text, control=chat))
         group.completion_ids = []
-        for completion in group.completions:
-            text = self.joined_text(group, completion, prompt_text)
+        for text in joined:
             joint = self.with_bos(self.ids(text, control=chat))
             if joint[:len(group.prompt_ids)] == group.prompt_ids:
                 ids = joint[len(group.prompt_ids):]
@@ -728,6 +757,9 @@ class Encoder:
         return "\n".join(lines)
 
 
+AHEAD = 1000         # rows that are tokenised in one go
+
+
 def tokenise(groups, account, encoder, max_length, overlong="drop", progress="tokenise"):
     """Encodes all groups, keeps those that fit, and notes in `account` what became of the rest.
 
@@ -737,8 +769,13 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
     """
     kept = []
     encoder.template_rewrites = False  # of this source
-    for group in tqdm(groups, desc=progress, unit="row", leave=False, disable=None):
-        encoder(group)
+    bar = progress_bar(len(groups), progress, "row")
+    for i, group in enumerate(groups):
+        if i % AHEAD == 0:
+            texts = [encoder.texts(g) for g in groups[i:i + AHEAD]]
+            encoder.encode_ahead(groups[i:i + AHEAD], texts)
+        encoder(group, texts[i % AHEAD])
+        bar.update()
         account.looks_special += encoder.looks_special(group)
         room = max_length - len(group.prompt_ids)
         fits = [len(ids) <= room for ids in group.completion_ids]
@@ -757,6 +794,8 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
             group.ended = fits
             account.truncated += not all(fits)
             kept.append(group)
+    bar.close()
+    encoder.ready = {}
     account.kept = len(kept)
     account.template_rewrites = encoder.template_rewrites
     return kept
@@ -791,8 +830,10 @@ def load_data(args, encoder, usable, max_length, prepare=None, why=""):
         common = {str(g.prompt) for g in train} & {str(g.prompt) for g in held_out}
         if common:
             print(f"  {len(common)} prompts of --eval-dataset are also trained on")
+        chosen = some_prompts(held_out, args.eval_limit or len(held_out), args.seed)
+        held_out = [g for g in held_out if json.dumps(g.prompt) in chosen]
     else:
-        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed)
+        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed, args.eval_limit)
     number_completions(train + held_out)
     return train, held_out
 
@@ -814,17 +855,23 @@ def fitting_length(args, encoder):
     return min(args.max_length, encoder.max_positions)
 
 
-def split_by_prompt(groups, fraction, seed):
-    """(train, eval) without a common prompt, whatever the order of the rows."""
-    keys = []
-    for g in groups:
-        text = f"{seed} {json.dumps(g.prompt)}"
-        keys.append(hashlib.sha256(text.encode()).hexdigest())
-    prompts = sorted(set(keys))
-    count = round(fraction * len(prompts)) or (fraction > 0)
-    held_out = set(prompts[:min(count, len(prompts) - 1)])  # one at least is trained on
-    train = [g for g, key in zip(groups, keys) if key not in held_out]
-    return train, [g for g, key in zip(groups, keys) if key in held_out]
+def some_prompts(groups, count, seed):
+    """`count` of the different prompts, as JSON, whatever the order of the rows."""
+    def place(prompt):
+        return hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()
+
+    return set(sorted({json.dumps(g.prompt) for g in groups}, key=place)[:count])
+
+
+def split_by_prompt(groups, fraction, seed, limit=0):
+    """(train, eval) without a common prompt. limit: of the prompts held out (0 = none)."""
+    prompts = [json.dumps(g.prompt) for g in groups]
+    different = len(set(prompts))
+    count = round(fraction * different) or (fraction > 0)
+    count = min(count, limit or count, different - 1)       # one at least is trained on
+    held_out = some_prompts(groups, count, seed)
+    train = [g for g, prompt in zip(groups, prompts) if prompt not in held_out]
+    return train, [g for g, prompt in zip(groups, prompts) if prompt in held_out]
 
 
 # ③ plan -------------------------------------------------------------------------------------------
@@ -859,6 +906,12 @@ class Plan:
             self.order = list(range(self.n))
             random.Random(f"{self.seed} {epoch}").shuffle(self.order)
         return self.order[place * self.batch_size:(place + 1) * self.batch_size]
+
+    def used(self):
+        """The indices of all groups that some step uses: of the others nothing need be known."""
+        if self.steps >= self.steps_per_epoch:
+            return list(range(self.n))
+        return sorted(i for step in range(self.steps) for i in self[step])
 
 
 def micro_batches(groups, budget, packed=True):

@@ -147,6 +147,7 @@ def parse_args(argv=None):
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -675,9 +676,10 @@ def mismatch(groups, max_length, seed):
     order = list(range(len(groups)))
     random.Random(f"{seed} mismatch").shuffle(order)
     others = [None] * len(groups)
+    twice = order * 2
     for place, i in enumerate(order):
-        turned = order[place + 1:] + order[:place]
-        foreign = [j for j in turned[:1000] if groups[j].prompt_ids != groups[i].prompt_ids]
+        turned = twice[place + 1:place + min(1001, len(order))]
+        foreign = [j for j in turned if groups[j].prompt_ids != groups[i].prompt_ids]
         if not foreign:
             fail("--loss kto needs completions of two different prompts, and all rows have one.")
         ids = groups[foreign[0]].completion_ids[0][:max_length - len(groups[i].prompt_ids)]
@@ -688,7 +690,8 @@ def mismatch(groups, max_length, seed):
 def reference_logps(model, groups, held_out, args, autocast):
     """What is measured once, at the start → tensors, and the file of --output-dir that keeps them.
 
-    logps (N,): log π_ref of every completion, 0 for a loss without reference.
+    logps (N,): log π_ref of the completions of these groups, NaN for others; 0 for a loss without
+    reference.
     tokens (T,): that of every token of the held-out completions, of whose change the evaluation
     tells. The file's name is a hash of all that the numbers depend on: config and weights of the
     model, every token id (so tokeniser, template, lengths and rows), the dtype.
@@ -704,10 +707,11 @@ def reference_logps(model, groups, held_out, args, autocast):
 
     packed = common.can_pack(model, groups)
     budget = args.micro_batch_tokens
-    logps = torch.zeros(sum(len(g.completion_ids) for g in groups))
+    index = [i for g in groups for i in g.index]
+    logps = torch.full((max(index) + 1,), math.nan if reference else 0.0)
     tokens = torch.zeros(0)
     if reference:
-        logps = for_all(
+        logps[index] = for_all(
             completion_logps, model, groups, budget, packed, autocast, "reference log-probs")
     if held_out:
         tokens = for_all(
@@ -916,11 +920,15 @@ def main(argv=None):
         return prepare(groups, account, args, device)
 
     train, held_out = common.load_data(args, encoder, usable, max_length, prepare_rows)
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     every = train + held_out
     others = []
     if loss.shift == "mismatched":
         others = mismatch(every, max_length, args.seed)
         common.number_completions(every + others)
+    # Of the rows that no step uses, nothing is computed.
+    used = [*plan.used(), *range(len(train), len(every))]
+    measured = [every[i] for i in used] + [others[i] for i in used if others]
 
     # The reference is measured before the policy is loaded, or is the policy: never two in memory.
     begin = None
@@ -928,15 +936,14 @@ def main(argv=None):
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
         reference = common.load_model(args.ref_model, encoder, device, "--ref-model")
-        begin, begin_file = reference_logps(reference, every + others, held_out, args, autocast)
+        begin, begin_file = reference_logps(reference, measured, held_out, args, autocast)
         del reference
     model = common.load_model(args.model, encoder, device)
     packed = common.can_pack(model, train)
     if begin is None:
-        begin, begin_file = reference_logps(model, every + others, held_out, args, autocast)
+        begin, begin_file = reference_logps(model, measured, held_out, args, autocast)
 
     # --- shared: open the run ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
     out, start, evaluated = common.open_run(args, len(plan), **hashes)

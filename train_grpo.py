@@ -151,6 +151,7 @@ def parse_args(argv=None):
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -1032,6 +1033,7 @@ def main(argv=None):
     # + 1: load_data() keeps a prompt that leaves room for one token.
     room = max_length - args.max_new_tokens + 1
     train, held_out = common.load_data(args, encoder, ("prompt",), room)
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
 
     rewards = load_rewards(args.reward + args.watch, args, device)
     model = common.load_model(args.model, encoder, device)
@@ -1045,7 +1047,6 @@ def main(argv=None):
         reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
 
     # --- shared: open the run ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
     out, start, evaluated = common.open_run(args, len(plan), **hashes)

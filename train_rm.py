@@ -133,6 +133,7 @@ def parse_args(argv=None):
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -490,6 +491,7 @@ def main(argv=None):
     train, held_out = common.load_data(
         args, encoder, usable, max_length, prepare,
         why=" (a reward is learnt from comparisons of completions of the same prompt)")
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
 
     torch.manual_seed(args.seed)                             # a new head is a function of the seed
     model = common.load_reward_model(args.model, encoder, device, "--model", new_head=True)
@@ -498,7 +500,6 @@ def main(argv=None):
     packed = common.can_pack(model, train, reward_scores)
 
     # --- shared: open the run ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
     out, start, evaluated = common.open_run(args, len(plan), **hashes)
