@@ -1,5 +1,6 @@
 """What the scripts share: only what goes silently wrong when it is written twice.
 
+⓪ processes  torchrun  →  each computes its share of a step, holds its share of the weights
 ① read       rows of any known format  →  groups (text)
 ② tokenise   groups (text)   →  groups (ids): one BOS, one EOS, a boundary that never moves
 ③ plan       groups          →  steps of micro-batches, a pure function of the seed
@@ -7,7 +8,8 @@
 ⑤ log-probs  a packed batch  →  float32 log-probs of the completion tokens, nothing else
 ⑥ models     a directory     →  a policy or a reward model, checked
 ⑦ sample     prompts         →  completions, their log-probs, and whether they ended
-⑧ run        flags           →  a run directory that a kill at any moment leaves whole
+⑧ scale      a model         →  sharded, recomputed in the backward, with a LoRA adapter
+⑨ run        flags           →  a run directory that a kill at any moment leaves whole
 
 A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, a
 labelled completion a group of one, GRPO samples a group of G. After the reader all is groups.
@@ -18,6 +20,7 @@ them, V vocabulary.
 # --- imports --------------------------------------------------------------------------------------
 import argparse
 import csv
+import functools
 import gzip
 import hashlib
 import inspect
@@ -30,6 +33,8 @@ import re
 import shutil
 import signal
 import sys
+import time
+import types
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,14 +43,20 @@ from typing import Callable, NamedTuple
 
 import numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
     GenerationConfig)
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -53,6 +64,7 @@ from transformers.utils import logging as transformers_logging
 
 def fail(message):
     """Bad input is for the user to fix: one sentence on stderr, exit code 2, no traceback."""
+    time.sleep(2 * bool(rank()))  # mostly all processes fail alike: the first one's line is enough
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -109,9 +121,96 @@ def pick_autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def compute_dtype(device):
+    """What is computed in here: that of the autocast around, or float32."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else torch.float32
+
+
 def progress_bar(total, what, unit):
     """A bar that leaves no trace; none where `what` is empty or the output is no terminal."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if what else True)
+    hidden = True if rank() or not what else None
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=hidden)
+
+
+# ⓪ processes --------------------------------------------------------------------------------------
+# torchrun starts a process for each GPU. All read the same data and make the same plan, which are
+# pure functions of the flags; each computes its share of every step. In one process none of this
+# does anything. A function that is called "collective" below has to be called by all of them.
+
+def rank():
+    """Which process this is; 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(name):
+    """Joins the processes that torchrun started, if it did → the device of this one."""
+    if "LOCAL_RANK" not in os.environ:
+        return pick_device(name)
+    cuda = torch.cuda.is_available() and name in ("auto", "cuda")
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else name)
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave_processes():
+    """The end of a run that went well. Gloo's threads now and then abort a process while Python
+    takes itself down: not after this."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def gather(value):
+    """[the value of every process], in all of them. Collective."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first(function, *args, **options):
+    """What the function returns in the first process, which alone calls it. Collective."""
+    result = None
+    code = None
+    if rank() == 0:
+        try:
+            result = function(*args, **options)
+        except SystemExit as error:
+            code = error.code
+    result, code = gather((result, code))[0]
+    if code is not None:
+        raise SystemExit(code)
+    return result
+
+
+def total(sums):
+    """Counter → its sums over all processes. Collective."""
+    result = Counter()
+    for one in gather(sums):
+        result.update(one)  # not +, which drops what is negative
+    return result
+
+
+def my_share(keys):
+    """Places of the items that this process looks after; those of one key stay together."""
+    numbers = {}
+    for key in keys:
+        numbers.setdefault(key, len(numbers))
+    return [place for place, key in enumerate(keys) if numbers[key] % world() == rank()]
 
 
 # ① read -------------------------------------------------------------------------------------------
@@ -935,6 +1034,28 @@ def micro_batches(groups, budget, packed=True):
     return batches
 
 
+def my_micro_batches(groups, budget, packed=True):
+    """This process's share of a step: [(micro-batch, weight)].
+
+    The groups are dealt out, longest first, each to the process that has the fewest tokens. The
+    weight is the number of processes, since FSDP averages their gradients. All run as many
+    forwards, because weights are gathered in them: who has fewer repeats one group with weight 0.
+    """
+    hands = [[] for _ in range(world())]
+    tokens = [0] * world()
+    for group in sorted(groups, key=Group.tokens, reverse=True) if world() > 1 else groups:
+        emptiest = tokens.index(min(tokens))
+        hands[emptiest].append(group)
+        tokens[emptiest] += group.tokens()
+
+    shares = [micro_batches(hand, budget, packed) for hand in hands]
+    mine = [(micro, world()) for micro in shares[rank()]]
+    idle = max(map(len, shares)) - len(mine)
+    for _ in range(idle):
+        mine.append(([min(groups, key=Group.tokens)], 0))
+    return mine
+
+
 class Comparisons(NamedTuple):
     """M pairs "better ≻ worse" among the K completions of some groups."""
     better: torch.Tensor    # (M,) which completion, groups in order
@@ -1217,6 +1338,21 @@ class GatherLogSoftmax(torch.autograd.Function):
         return logits.scatter_add_(1, target[:, None], grad[:, None]), None
 
 
+def through_root(measure):
+    """measure(model, …) where FSDP has gathered the weights outside the layers too: embedding, last
+    norm, head. A call of the model itself would do that, but head and backbone are used apart."""
+    @functools.wraps(measure)
+    def call(model, *args, **options):
+        if not isinstance(model, FSDPModule):
+            return measure(model, *args, **options)
+        result = model.run(measure, *args, **options)
+        if not torch.is_grad_enabled():  # no backward will give them back
+            model.reshard()
+        return result
+    return call
+
+
+@through_root
 def token_logps(model, batch, temperature=1.0):
     """log π(y_t | x, y_<t) of every completion token, batch.owner says whose: (T,) float32.
 
@@ -1256,6 +1392,7 @@ def completion_logps(model, batch):
     return sum_by(token_logps(model, batch), batch.owner, batch.count)
 
 
+@through_root
 def reward_scores(model, batch):
     """The reward of every completion, read at its last token, found by length: (K,) float32.
 
@@ -1271,13 +1408,15 @@ def reward_scores(model, batch):
 @torch.no_grad()
 def for_all(measure, model, groups, budget, packed, autocast, progress):
     """measure(model, batch) of all groups, by micro-batches → one column, float32 on the CPU.
+    Collective: each process measures its share.
 
     It holds the values of all completions, groups in order: one for each completion, (N,), or one
     for each of their tokens, as measure gives them.
     """
-    parts = {}                                               # id of a group → its values
-    bar = progress_bar(len(groups), progress, "row")
-    for micro in micro_batches(groups, budget, packed):
+    number = {id(g): i for i, g in enumerate(groups)}
+    parts = {}                                               # number of a group → its values
+    bar = progress_bar(len(groups) / world(), progress, "row")
+    for micro, weight in my_micro_batches(groups, budget, packed):
         batch = lay_out(model, micro, packed)
         with autocast:
             values = measure(model, batch).float().cpu()
@@ -1285,17 +1424,19 @@ def for_all(measure, model, groups, budget, packed, autocast, progress):
         sizes = [len(g.completion_ids) for g in micro]
         if len(values) == len(batch.target):
             sizes = [sum(map(len, g.completion_ids)) for g in micro]
-        parts |= zip(map(id, micro), values.split(sizes))
-        bar.update(len(micro))
+        parts |= zip([number[id(g)] for g in micro], values.split(sizes))
+        bar.update(len(micro) if weight else 0)
     bar.close()
-    return torch.cat([parts[id(g)] for g in groups])
+    for others in gather(parts):
+        parts |= others
+    return torch.cat([parts[i] for i in range(len(groups))])
 
 
 @torch.no_grad()
 def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     """Whether measure(model, batch) gives the same packed and padded: checked, not trusted.
 
-    A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
+    Collective. A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
     three in one row, where a state that runs on from tree to tree would show (Mamba); and the
     longest, where a window that counts by place in the row would (GPT-Neo). Where the two differ
     one line says that training falls back to padding, slower but correct for any causal LM.
@@ -1314,7 +1455,7 @@ def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     if reason:
         print(f"packed forward fails with {type(model).__name__} ({reason:.120}): falling back to "
               "padding, slower but correct")
-    return reason is None
+    return all(gather(reason is None))
 
 
 # ⑥ models -----------------------------------------------------------------------------------------
@@ -1488,6 +1629,7 @@ def sample(
         model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False,
         seed=0, cache_tokens=2 ** 17, progress=None):
     """n completions of each of P prompts (lists of ids) → P·n Samples, number i of prompt i // n.
+    Collective: each process samples its share, for all to have.
 
     Each prompt is prefilled once and its cache repeated n times; completions that ended leave the
     batch. Nothing is taken from the checkpoint's generation_config. Sampling inverts the CDF at
@@ -1503,11 +1645,13 @@ def sample(
         return []
     numbers = uniforms(prompts, n, max_new_tokens, seed)
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results = [None] * (len(prompts) * n)
-    bar = progress_bar(len(results), progress, "sample")
+    waiting = waiting[rank()::world()]
+    results = {}                                             # number of a prompt → its n Samples
+    bar = progress_bar(len(waiting) * n, progress, "sample")
     was_training = model.training
     model.eval()  # train mode with checkpointing silently drops the cache
     try:
+        whole = model_to_sample(model)
         while waiting:
             # As many prompts, alike in length, as the cache can hold.
             size = 1
@@ -1518,14 +1662,33 @@ def sample(
             batch = waiting[:size]
             waiting = waiting[size:]
             samples = sample_batch(
-                model, [prompts[i] for i in batch], numbers[batch], stops,
+                whole, [prompts[i] for i in batch], numbers[batch], stops,
                 1.0 if greedy else temperature, top_p, greedy, bar)
             for j, i in enumerate(batch):
-                results[i * n:(i + 1) * n] = samples[j * n:(j + 1) * n]
+                results[i] = samples[j * n:(j + 1) * n]
     finally:
         model.train(was_training)
         bar.close()
-    return results
+    for others in gather(results):
+        results |= others
+    return [s for i in range(len(prompts)) for s in results[i]]
+
+
+def model_to_sample(model):
+    """The model itself or, on CUDA and where it is sharded, a whole copy of it in the dtype of the
+    compute: no casts, LoRA merged, a cache of half the size. Collective."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" and not isinstance(model, FSDPModule):
+        return model
+    with torch.device(device):
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=compute_dtype(device)).eval()
+    places = copy.state_dict()                               # they share memory with the copy
+    random = dict(copy.named_parameters())
+    for name, weight in whole_weights(model):
+        places[name].copy_(weight)
+        random.pop(name, None)
+    assert not random, f"{min(random)} was not copied"
+    return copy
 
 
 def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar):
@@ -1617,12 +1780,89 @@ def draw(probs, u, top_p=1.0):
     return token.clamp(max=probs.shape[1] - 1)
 
 
-# ⑧ run directory ----------------------------------------------------------------------------------
+# ⑧ scale ------------------------------------------------------------------------------------------
+
+def prepare_layers(model, args, device):
+    """--gradient-checkpointing and, under torchrun, FSDP2. Both work on one layer at a time.
+
+    FSDP: each process keeps its share of every weight, gradient and moment, and the weights of a
+    layer are gathered while it computes.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if args.gradient_checkpointing:
+        if not layers:
+            fail(f"--gradient-checkpointing: {type(model).__name__} does not say what its layers "
+                 "are.")
+        for layer in layers:  # transformers' own switch needs train mode, which has dropout
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if world() > 1:
+        shard(model, layers, args.dtype, device)
+
+
+def shard(model, layers, dtype, device):
+    """FSDP2: weights are float32 where they are kept and in the dtype of the compute gathered."""
+    mesh = init_device_mesh(device.type, (world(),))
+    with pick_autocast(dtype, device):
+        low = compute_dtype(device)
+    policy = MixedPrecisionPolicy()
+    if low != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "score"):
+        fully_shard(model.score, mesh=mesh)                  # a reward's head computes in float32
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def run(self, measure, *args, **options):
+        return measure(self, *args, **options)
+
+    model.run = types.MethodType(run, model)
+    register_fsdp_forward_method(model, "run")               # see through_root()
+
+
+def whole(tensor):
+    """A weight, gradient or moment without its sharding. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor, like):
+    """Of a whole tensor what belongs where `like` is: this process's share, or all of it."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def collect(named):
+    """[(name, tensor)] → {name: whole tensor on the CPU} in the first process, {} in the others.
+    One at a time, so that no GPU holds them all. Collective."""
+    tensors = {}
+    for name, tensor in named:
+        tensor = whole(tensor)
+        if rank() == 0:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def whole_weights(model):
+    """(name, weight) of a plain checkpoint, one whole tensor after the other. Collective."""
+    kept = model.state_dict()
+    for name, p in model.named_parameters():
+        yield name, whole(p.detach())
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            yield name, buffer
+
+
+# ⑨ run directory ----------------------------------------------------------------------------------
 
 # What may differ between the start of a run and --resume, since it changes no result.
 FREE = {
     "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
-    "device"}
+    "device", "gradient_checkpointing"}
 # What a user may change on purpose; it is said, for from here on the run is another one.
 ANNOUNCED = {"max_steps", "epochs", "learning_rate"}
 
@@ -1644,6 +1884,8 @@ def check_inputs(args, names):
 
 def write_beside(file, text):
     """Writes a file under another name, then renames it: a reader or a kill finds it whole."""
+    if rank():
+        return
     writing = file.with_name(file.name + ".writing")
     writing.write_text(text, encoding="utf-8")
     os.replace(writing, file)
@@ -1666,6 +1908,8 @@ def read_lines(file):
 
 def log(out, step, values):
     """One more line of metrics.jsonl. What is not finite becomes null: JSON has no NaN."""
+    if rank():
+        return
     row = {name: value if math.isfinite(value) else None for name, value in values.items()}
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step} | row) + "\n")
@@ -1759,6 +2003,8 @@ def check_resume(out, steps, record):
 
 def save_tensors(tensors, file):
     """A safetensors file, renamed into place whole."""
+    if rank():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     writing = file.with_name(file.name + ".writing")
     save_file(tensors, writing)
@@ -1786,10 +2032,13 @@ def describe_run(model, train, held_out, plan, args, packed):
 
 
 def save_model(out, model, tokenizer):
-    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole."""
+    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole. Collective."""
+    weights = collect(whole_weights(model))
+    if rank():
+        return
     writing = out / "writing"
     shutil.rmtree(writing, ignore_errors=True)
-    model.save_pretrained(writing)
+    model.save_pretrained(writing, state_dict=weights)
     tokenizer.save_pretrained(writing)
     for file in sorted(writing.iterdir()):
         os.replace(file, out / file.name)
@@ -1822,6 +2071,7 @@ def run(main):
         stream.reconfigure(errors="replace")                 # a console without "▸" shows "?"
     try:
         main()
+        leave_processes()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130)

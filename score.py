@@ -955,9 +955,15 @@ def output_rows(table, several_systems):
     return rows
 
 
+def write_text(file, text):
+    """The first process alone writes."""
+    if common.rank() == 0:
+        Path(file).write_text(text, encoding="utf-8")
+
+
 def write_jsonl(file, rows):
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    Path(file).write_text("".join(lines), encoding="utf-8")
+    write_text(file, "".join(lines))
     print(f"{file}: {len(lines):,} rows")
 
 
@@ -1098,7 +1104,7 @@ def write_tokens(file, table, scorer, args, autocast):
 
     what = "change of the prefix score" if scorer.beta is None else "β log π/π_ref"
     page = tokens_page(shown, f"Each token's part in the reward: {what} of {scorer.name}")
-    Path(file).write_text(page, encoding="utf-8")
+    write_text(file, page)
     print(f"{file}: {len(shown)} completions, tokens coloured by {what} of {scorer.name}")
 
 
@@ -1189,7 +1195,7 @@ def main(argv=None):
         return
 
     # --- load
-    device = common.pick_device(args.device)
+    device = common.join_processes(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     systems = load_files(args)
     scorers = load_scorers(args, device)
@@ -1214,7 +1220,7 @@ def main(argv=None):
     print(histogram(series))
 
     # --- write
-    if args.plot:
+    if args.plot and common.rank() == 0:
         plot_scores(args.plot, series)
     if args.tokens:
         write_tokens(args.tokens, align(systems, table), scorers[0], args, autocast)

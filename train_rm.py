@@ -156,6 +156,7 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -417,15 +418,19 @@ def lr_at(step, steps, args):
 def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
+    Tensors are whole, so a run goes on with any number of processes; all of them must call this.
     extra: name → number, what the loop remembers besides. No random state is kept: every random
     draw is a function of the seed and the step. The checkpoint before this one stays too.
     """
-    state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    tensors = {f"weight {n}": p for n, p in model.named_parameters() if p.requires_grad}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            state[f"adamw {i} {name}"] = value.contiguous()
+            tensors[f"adamw {i} {name}"] = value
+    state = common.collect(tensors.items())
     for name, value in extra.items():
         state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
+    if common.rank():
+        return
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
     before = common.newest_checkpoint(out)[1]
@@ -443,14 +448,16 @@ def load_checkpoint(out, model, optimizer):
     moments = {}
     extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this model"), torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(state.pop(f"weight {name}").view(p.shape))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            p.copy_(common.part(state.pop(f"weight {name}").view(p.shape), p))
+        shards = list(trained.values())                      # in the optimizer's order
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
                 extra[name] = value.item()
             else:
-                moments.setdefault(int(*i), {})[name] = value
+                moments.setdefault(int(*i), {})[name] = common.part(value, shards[int(*i)])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return extra
@@ -483,7 +490,7 @@ def main(argv=None):
         return kept
 
     # --- shared: setup ---
-    device = common.pick_device(args.device)
+    device = common.join_processes(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     encoder = common.load_encoder(args.model, args.chat_template, args.chat)
     max_length = common.fitting_length(args, encoder)
@@ -502,9 +509,10 @@ def main(argv=None):
     # --- shared: open the run ---
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.open_run(args, len(plan), **hashes)
+    out, start, evaluated = common.first(common.open_run, args, len(plan), **hashes)
+    common.prepare_layers(model, args, device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
     common.describe_run(model, train, held_out, plan, args, packed)
@@ -535,7 +543,8 @@ def main(argv=None):
     stopped = common.catch_signals()
     saved_at = time.monotonic()
     steps = range(start, len(plan))
-    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
+    quiet = True if common.rank() else None
+    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=quiet)
     # --- end shared ---
 
     # --- loop
@@ -546,18 +555,20 @@ def main(argv=None):
 
         # The gradient of the whole step, summed over micro-batches (memory, not statistics).
         optimizer.zero_grad(set_to_none=True)
-        for micro in common.micro_batches(groups, args.micro_batch_tokens, packed):
+        for micro, weight in common.my_micro_batches(groups, args.micro_batch_tokens, packed):
             with autocast:
                 batch = common.lay_out(model, micro, packed)
                 rewards = reward_scores(model, batch)                           # (K,)
             part, part_sums = micro_loss(rewards, micro, args)
-            (part / len(groups)).backward()
-            sums.update(part_sums)
+            (part * weight / len(groups)).backward()
+            sums.update(part_sums if weight else {})
+        sums = common.total(sums)
 
         # --- shared: update ---
         # A gradient that is not finite would ruin the weights: the state before it is kept instead.
         bound = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
+        grad_norm = common.whole(grad_norm)
         if not torch.isfinite(grad_norm):
             save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
@@ -583,12 +594,15 @@ def main(argv=None):
         # --- shared: save and evaluate ---
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
-        if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
+        # A signal and the ten minutes reach one process before another: all act on the same step.
+        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
+        stop = any(common.gather(bool(stopped)))
+        if last or stop or asked or late:
             save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)
-        if stopped and not last:
+        if stop and not last:
             bar.close()
             print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
             raise SystemExit(130)
