@@ -23,6 +23,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -100,6 +101,14 @@ def within(interval, kind=float):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} in {interval}")
         return value
     return parse
+
+
+def lora_rank(text):
+    """An argparse type: a rank, 0 for none; others need the package peft."""
+    rank = within("[0, inf)", int)(text)
+    if rank and importlib.util.find_spec("peft") is None:
+        raise argparse.ArgumentTypeError("LoRA needs the package peft: pip install peft")
+    return rank
 
 
 def pick_device(name):
@@ -1782,33 +1791,77 @@ def draw(probs, u, top_p=1.0):
 
 # ⑧ scale ------------------------------------------------------------------------------------------
 
-def prepare_layers(model, args, device):
-    """--gradient-checkpointing and, under torchrun, FSDP2. Both work on one layer at a time.
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    FSDP: each process keeps its share of every weight, gradient and moment, and the weights of a
-    layer are gathered while it computes.
+
+def add_lora(model, args):
+    """--lora-rank: an adapter on every linear layer but the head → peft's handle on it, or None.
+
+    It is put into the model itself, which keeps its class and its backbone; only the adapter (and
+    a reward model's head) is trained. On CUDA the frozen weights take the dtype of the compute.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if args.gradient_checkpointing:
-        if not layers:
-            fail(f"--gradient-checkpointing: {type(model).__name__} does not say what its layers "
-                 "are.")
-        for layer in layers:  # transformers' own switch needs train mode, which has dropout
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    if world() > 1:
-        shard(model, layers, args.dtype, device)
+    if not args.lora_rank:
+        return None
+    from peft import LoraConfig, get_peft_model  # here, since it is an optional package
+    device = next(model.parameters()).device
+    with pick_autocast(args.dtype, device):
+        low = compute_dtype(device)
+    for name, p in model.named_parameters():
+        if device.type == "cuda" and not name.startswith("score."):
+            p.data = p.data.to(low)
+
+    torch.manual_seed(args.seed)  # A is random, B is 0: at the start nothing changes
+    config = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear",
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM")
+    adapter = get_peft_model(model, config)
+    model.eval()  # what peft adds is in train mode
+    return adapter
 
 
-def shard(model, layers, dtype, device):
-    """FSDP2: weights are float32 where they are kept and in the dtype of the compute gathered."""
+@contextmanager
+def adapter_off(model):
+    """The model as it was before LoRA changed it; any other model, or None, as it is."""
+    adapted = []
+    if model is not None:
+        adapted = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def recompute_layers(model, args):
+    """--gradient-checkpointing: a layer keeps its input alone and runs again in the backward."""
+    if not args.gradient_checkpointing:
+        return
+    if not layers_of(model):
+        fail(f"--gradient-checkpointing: {type(model).__name__} does not say what its layers are.")
+    for layer in layers_of(model):  # transformers' own switch needs train mode, which has dropout
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def shard(model, args):
+    """FSDP2, under torchrun: each process keeps its share of every weight, gradient and moment.
+
+    The weights of a layer are gathered while it computes: kept in float32, gathered in the dtype of
+    the compute.
+    """
+    if world() == 1:
+        return
+    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (world(),))
-    with pick_autocast(dtype, device):
+    with pick_autocast(args.dtype, device):
         low = compute_dtype(device)
     policy = MixedPrecisionPolicy()
     if low != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-    for layer in layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if hasattr(model, "score"):
         fully_shard(model.score, mesh=mesh)                  # a reward's head computes in float32
@@ -1848,13 +1901,75 @@ def collect(named):
 
 @torch.no_grad()
 def whole_weights(model):
-    """(name, weight) of a plain checkpoint, one whole tensor after the other. Collective."""
+    """(name, weight) of a plain checkpoint, one whole tensor after the other, LoRA added to the
+    weights that it adapts. Collective."""
     kept = model.state_dict()
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
     for name, p in model.named_parameters():
-        yield name, whole(p.detach())
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        weight = p.detach()
+        if layer is not None:
+            weight = weight + layer.get_delta_weight("default")
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        yield plain, whole(weight)
     for name, buffer in model.named_buffers():
         if name in kept:
             yield name, buffer
+
+
+def memory_needed(model, groups, packed, args):
+    """About what a process will need: (bytes of weights, gradients and AdamW's moments; bytes of
+    the activations of the largest micro-batch of these groups; its tokens).
+
+    The activations are measured: by how much a group more raises what autograd keeps.
+    """
+    fixed = 0
+    for p in model.parameters():
+        fixed += p.numel() * (16 if p.requires_grad else p.element_size())
+
+    one = groups[0]
+    tokens = args.micro_batch_tokens
+    if one.completion_ids:
+        micros = micro_batches(groups, tokens, packed)
+        tokens = max(sum(map(Group.tokens, micro)) for micro in micros)
+    else:  # nothing is sampled yet
+        one = replace(one, completion_ids=[one.prompt_ids])
+    more = kept_bytes(model, [one, one], packed, args) - kept_bytes(model, [one], packed, args)
+    return fixed / world(), more / one.tokens() * tokens, tokens
+
+
+def kept_bytes(model, groups, packed, args):
+    """Bytes that autograd keeps for the backward of these groups, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    batch = lay_out(model, groups, packed).to(device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with pick_autocast(args.dtype, device):
+            if packed:  # the head keeps at most CHUNK logits
+                result = hidden_states(model, batch)
+            else:
+                result = model(input_ids=batch.input_ids, use_cache=False).logits
+    del result  # not before: freed memory may come again
+    return sum(kept.values())
+
+
+def device_memory(device):
+    """Bytes that the device has, or infinity where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world()
+    return math.inf
 
 
 # ⑨ run directory ----------------------------------------------------------------------------------
@@ -2011,11 +2126,16 @@ def save_tensors(tensors, file):
     os.replace(writing, file)
 
 
-def describe_run(model, train, held_out, plan, args, packed):
-    """The start lines: sizes, and what packing saves and costs, counted on the first step."""
+def describe_run(model, train, held_out, plan, args, packed, needed):
+    """The start lines: sizes, memory (needed: what memory_needed() gives), and what packing saves
+    and costs, counted on the first step."""
     weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     groups = [train[i] for i in plan[0]]
-    print(f"{weights / 1e6:.2f} M parameters on {next(model.parameters()).device}; "
+    device = next(model.parameters()).device
+    where = f"{device} of {world()} processes" if world() > 1 else str(device)
+    part = f" ({trained / 1e6:.2f} M trained)" if trained < weights else ""
+    print(f"{weights / 1e6:.2f} M parameters{part} on {where}; "
           f"{len(train):,} prompts to train on, {len(held_out):,} held out; "
           f"{len(plan):,} steps of {args.batch_size} prompts")
     if groups[0].completion_ids:
@@ -2026,23 +2146,39 @@ def describe_run(model, train, held_out, plan, args, packed):
         print(f"  step 1: {tokens:,} tokens, each prompt counted once; computed {computed:,} "
               f"({100 * (computed / tokens - 1):.0f} % padding and repeated prompts); "
               f"one padded batch {padded:,} ({padded / tokens:.1f}×)")
-    if weights > 1e8 and args.learning_rate >= 1e-4:
+    fixed, activations, tokens = needed
+    print(f"  memory: about {fixed / 2 ** 30:.2f} GiB for weights, gradients and moments, "
+          f"{activations / 2 ** 30:.2f} GiB for the activations of {tokens:,} tokens")
+    has = device_memory(device)
+    if fixed + activations > has:
+        print(f"note: the device has {has / 2 ** 30:.1f} GiB; --gradient-checkpointing, a smaller "
+              "--micro-batch-tokens, --lora-rank or more processes (torchrun) need less")
+    if trained > 1e8 and args.learning_rate >= 1e-4:
         print(f"note: --learning-rate {args.learning_rate:g} suits the toy; for this size 5e-7 to "
               "5e-6 is usual, for a reward model 5e-6 to 2e-5")
 
 
-def save_model(out, model, tokenizer):
-    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole. Collective."""
+def save_model(out, model, tokenizer, adapter=None):
+    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole. Collective.
+
+    A LoRA adapter is merged into it, and stands beside it in adapter/.
+    """
     weights = collect(whole_weights(model))
+    trained = [(f"base_model.model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = collect(trained if adapter else [])
     if rank():
         return
     writing = out / "writing"
     shutil.rmtree(writing, ignore_errors=True)
     model.save_pretrained(writing, state_dict=weights)
     tokenizer.save_pretrained(writing)
-    for file in sorted(writing.iterdir()):
-        os.replace(file, out / file.name)
-    writing.rmdir()
+    if adapter:
+        adapter.save_pretrained(
+            writing / "adapter", state_dict=trained, save_embedding_layers=False)
+        (out / "adapter").mkdir(exist_ok=True)
+    for file in sorted(writing.rglob("*.*")):
+        os.replace(file, out / file.relative_to(writing))
+    shutil.rmtree(writing)
 
 
 def catch_signals():

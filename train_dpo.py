@@ -170,6 +170,8 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
@@ -812,12 +814,17 @@ def sample_answers(model, encoder, groups, args, packed, autocast, show, moved):
 
 
 def own_kl(model, encoder, own, args, packed, autocast):
-    """KL(π‖π_ref) per completion, from the policy's own samples; the reference is loaded for it."""
+    """KL(π‖π_ref) per completion, from the policy's own samples; the reference is loaded for it,
+    unless it is the policy without its adapter."""
     device = next(model.parameters()).device
     budget = args.micro_batch_tokens
     ours = for_all(completion_logps, model, own, budget, packed, autocast, "KL")
-    reference = common.load_model(args.ref_model or args.model, encoder, device, "--ref-model")
-    theirs = for_all(completion_logps, reference, own, budget, packed, autocast, "KL")
+    reference = model                                    # with LoRA: its adapter off
+    if args.ref_model or not args.lora_rank:
+        path = args.ref_model or args.model
+        reference = common.load_model(path, encoder, device, "--ref-model")
+    with common.adapter_off(reference):
+        theirs = for_all(completion_logps, reference, own, budget, packed, autocast, "KL")
     ratio = (ours - theirs).double()
     error = ratio.std(correction=1).item() / math.sqrt(len(ratio)) if len(ratio) > 1 else math.inf
     return {"kl": ratio.mean().item(), "kl_se": error}
@@ -954,12 +961,15 @@ def main(argv=None):
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
     out, start, evaluated = common.first(common.open_run, args, len(plan), **hashes)
-    common.prepare_layers(model, args, device)
+    adapter = common.add_lora(model, args)
+    common.recompute_layers(model, args)
+    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
+    common.shard(model, args)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
-    common.describe_run(model, train, held_out, plan, args, packed)
+    common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
     if common.first(lambda: not begin_file.exists()):
         common.save_tensors(begin, begin_file)
@@ -1068,7 +1078,7 @@ def main(argv=None):
         # --- end shared ---
 
     # --- save
-    common.save_model(out, model, encoder.tokenizer)
+    common.save_model(out, model, encoder.tokenizer, adapter)
     print(f"saved in {out}: model, args.json, metrics.jsonl, checkpoint/")
 
 

@@ -174,6 +174,8 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
@@ -849,7 +851,8 @@ def prepare(rollout, model, reference, args, packed, autocast):
     several = len(minibatches) * args.updates_per_batch > 1
     policy = model if several or args.kl == "reward" else None
     old = log_probs(policy, minibatches, lengths, args, packed, autocast)        # (M,)
-    ref = log_probs(reference, minibatches, lengths, args, packed, autocast)     # (M,)
+    with common.adapter_off(reference):
+        ref = log_probs(reference, minibatches, lengths, args, packed, autocast)     # (M,)
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)                # (M,)
     if args.kl == "reward":                                                      # (10)
         k1 = sum_by(old - ref, owner, len(lengths)).double()                     # (N,)
@@ -1064,7 +1067,9 @@ def main(argv=None):
     if args.ref_model:
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
-    if args.beta:
+    if args.beta and args.lora_rank and not args.ref_model:
+        reference = model                                    # with its adapter off
+    elif args.beta:
         path = args.ref_model or args.model
         reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
 
@@ -1072,15 +1077,18 @@ def main(argv=None):
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
     out, start, evaluated = common.first(common.open_run, args, len(plan), **hashes)
-    common.prepare_layers(model, args, device)
+    adapter = common.add_lora(model, args)
+    common.recompute_layers(model, args)
+    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
+    common.shard(model, args)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
-    common.describe_run(model, train, held_out, plan, args, packed)
+    common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
-    if reference is not None:
-        common.prepare_layers(reference, args, device)
+    if reference is not None and reference is not model:
+        common.shard(reference, args)
     trained = ", ".join(list(rewards)[:len(args.reward)])
     watched = ", ".join(list(rewards)[len(args.reward):]) or "none"
     print(f"  {args.group_size} completions of each prompt; rewards: {trained}; watched: {watched}")
@@ -1224,7 +1232,7 @@ def main(argv=None):
     # --- save
     for row in recent[-3:]:
         print(sample_line(row["prompt"], row["completions"], row["advantages"]))
-    common.save_model(out, model, encoder.tokenizer)
+    common.save_model(out, model, encoder.tokenizer, adapter)
     print(f"saved in {out}: model, args.json, metrics.jsonl, completions.jsonl, checkpoint/")
 
 

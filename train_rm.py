@@ -156,6 +156,8 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
@@ -510,12 +512,15 @@ def main(argv=None):
     hashes = {"data_sha256": common.data_fingerprint(train + held_out)}
     hashes["model_sha256"] = common.model_fingerprint(model)
     out, start, evaluated = common.first(common.open_run, args, len(plan), **hashes)
-    common.prepare_layers(model, args, device)
+    adapter = common.add_lora(model, args)
+    common.recompute_layers(model, args)
+    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
+    common.shard(model, args)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
-    common.describe_run(model, train, held_out, plan, args, packed)
+    common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
 
     def score_all(groups, what):
@@ -614,7 +619,7 @@ def main(argv=None):
     first_pass = range(min(len(plan), plan.steps_per_epoch))
     some = [train[i] for step in first_pass for i in plan[step]][:5000]
     note_statistics(model.config, some, score_all(some, "statistics"))
-    common.save_model(out, model, encoder.tokenizer)
+    common.save_model(out, model, encoder.tokenizer, adapter)
     ends = {ids[-1] for g in some for ids in g.completion_ids}
     if model.config.pad_token_id in ends:
         print("note: the completions' end token is also the pad token "
