@@ -1,5 +1,6 @@
 """What the scripts share: only what goes silently wrong when it is written twice.
 
+⓪ processes  torchrun  →  each computes its share of a step, holds its share of the weights
 ① read       rows of any known format  →  groups (text)
 ② tokenise   groups (text)   →  groups (ids): one BOS, one EOS, a boundary that never moves
 ③ plan       groups          →  steps of micro-batches, a pure function of the seed
@@ -7,7 +8,8 @@
 ⑤ log-probs  a packed batch  →  float32 log-probs of the completion tokens, nothing else
 ⑥ models     a directory     →  a policy or a reward model, checked
 ⑦ sample     prompts         →  completions, their log-probs, and whether they ended
-⑧ run        flags           →  a run directory that a kill at any moment leaves whole
+⑧ scale      a model         →  sharded, recomputed in the backward, with a LoRA adapter
+⑨ run        flags           →  a run directory that a kill at any moment leaves whole
 
 A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, a
 labelled completion a group of one, GRPO samples a group of G. After the reader all is groups.
@@ -18,8 +20,10 @@ them, V vocabulary.
 # --- imports --------------------------------------------------------------------------------------
 import argparse
 import csv
+import functools
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -31,6 +35,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
+import types
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,15 +45,21 @@ from typing import Callable, NamedTuple
 
 import numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
     GenerationConfig)
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 try:
@@ -60,6 +72,7 @@ except ImportError:                                          # Windows: runs are
 
 def fail(message):
     """Bad input is for the user to fix: one line on stderr, exit code 2, no traceback."""
+    time.sleep(2 * bool(rank()))  # mostly all processes fail alike: the first one's line is enough
     print("error: " + " ".join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -104,6 +117,14 @@ def within(interval, kind=float):
     return parse
 
 
+def lora_rank(text):
+    """An argparse type: a rank, 0 for none; others need the package peft."""
+    rank = within("[0, inf)", int)(text)
+    if rank and importlib.util.find_spec("peft") is None:
+        raise argparse.ArgumentTypeError("LoRA needs the package peft: pip install peft")
+    return rank
+
+
 def pick_device(name):
     """auto = cuda where there is one, else cpu. A device that is not available is an error."""
     if name == "auto":
@@ -111,6 +132,8 @@ def pick_device(name):
     with failing(f"--device {name}: not available on this machine"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # .item(): the device "meta" holds no numbers
+    if device.type == "cuda":  # cuDNN plans for every new shape, half a second each: ours all are
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -121,9 +144,96 @@ def pick_autocast(dtype, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def compute_dtype(device):
+    """What is computed in here: that of the autocast around, or float32."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else torch.float32
+
+
 def progress_bar(total, what, unit):
     """A bar that leaves no trace; none where `what` is empty or the output is no terminal."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=None if what else True)
+    hidden = True if rank() or not what else None
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=hidden)
+
+
+# ⓪ processes --------------------------------------------------------------------------------------
+# torchrun starts a process for each GPU. All read the same data and make the same plan, which are
+# pure functions of the flags; each computes its share of every step. In one process none of this
+# does anything. A function that is called "collective" below has to be called by all of them.
+
+def rank():
+    """Which process this is; 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(name):
+    """Joins the processes that torchrun started, if it did → the device of this one."""
+    if "LOCAL_RANK" not in os.environ:
+        return pick_device(name)
+    cuda = torch.cuda.is_available() and name in ("auto", "cuda")
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else name)
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def leave_processes():
+    """The end of a run that went well. Gloo's threads now and then abort a process while Python
+    takes itself down: not after this."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def gather(value):
+    """[the value of every process], in all of them. Collective."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first(function, *args, **options):
+    """What the function returns in the first process, which alone calls it. Collective."""
+    result = None
+    code = None
+    if rank() == 0:
+        try:
+            result = function(*args, **options)
+        except SystemExit as error:
+            code = error.code
+    result, code = gather((result, code))[0]
+    if code is not None:
+        raise SystemExit(code)
+    return result
+
+
+def total(sums):
+    """Counter → its sums over all processes. Collective."""
+    result = Counter()
+    for one in gather(sums):
+        result.update(one)  # not +, which drops what is negative
+    return result
+
+
+def my_share(keys):
+    """Places of the items that this process looks after; those of one key stay together."""
+    numbers = {}
+    for key in keys:
+        numbers.setdefault(key, len(numbers))
+    return [place for place, key in enumerate(keys) if numbers[key] % world() == rank()]
 
 
 # ① read -------------------------------------------------------------------------------------------
@@ -633,6 +743,7 @@ class Encoder:
         self.template_rewrites = False  # True once the chat template changed a completion
         self.template_drops = False     # True once it left out text of a prompt
         self.template_name = "the chat template"
+        self.ready = {}                 # (text, control) → ids, see encode_ahead()
         if template_file:
             self.template_name = f"--chat-template {template_file}"
             with failing(f"{self.template_name}: cannot be read as text"):
@@ -678,6 +789,8 @@ class Encoder:
 
     def plain(self, text, control=False):
         """Token ids without BOS. control: special strings are those tokens, else ordinary text."""
+        if (text, control) in self.ready:
+            return self.ready[text, control]
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)
         return encoded["input_ids"]
 
@@ -734,14 +847,18 @@ class Encoder:
     def is_chat(self, prompt):
         return self.chat or not isinstance(prompt, str)
 
+    def prompt_text(self, prompt, where="prompt"):
+        if not self.is_chat(prompt):
+            return prompt
+        text = self.render(self.messages(prompt), where, generation_prompt=True)
+        written = text.replace(MARK, "")
+        said = [message["content"].strip() for message in self.messages(prompt)]
+        self.template_drops |= not all(one in written for one in said)
+        return text
+
     def prompt(self, prompt, where="prompt"):
         """Text or messages → (prompt_ids, text): the same in training, sampling and scoring."""
-        text = prompt
-        if self.is_chat(prompt):
-            text = self.render(self.messages(prompt), where, generation_prompt=True)
-            written = text.replace(MARK, "")
-            said = [message["content"].strip() for message in self.messages(prompt)]
-            self.template_drops |= not all(one in written for one in said)
+        text = self.prompt_text(prompt, where)
         return self.with_bos(self.ids(text, control=self.is_chat(prompt))), text
 
     def joined_text(self, group, completion, prompt_text):
@@ -758,8 +875,31 @@ class Encoder:
         self.template_rewrites |= completion not in text.replace(MARK, "")
         return text
 
-    def __call__(self, group):
-        """Fills prompt_ids, completion_ids and ended of a group.
+    def texts(self, group):
+        """(text of the prompt, [text of prompt and completion together, …]) of a group."""
+        prompt_text = self.prompt_text(group.prompt, group.where)
+        return prompt_text, [self.joined_text(group, c, prompt_text) for c in group.completions]
+
+    def encode_ahead(self, groups, texts):
+        """Tokenises the texts of some groups in one go: a batch runs in all threads."""
+        pieces = {False: [], True: []}  # by whether special strings are those tokens
+        for group, (prompt_text, joint) in zip(groups, texts):
+            chat = self.is_chat(group.prompt)
+            for text in (prompt_text, *joint):
+                for i, piece in enumerate(text.split(MARK) if chat else [text]):
+                    pieces[chat and i % 2 == 0].append(piece)
+
+        self.ready = {}
+        for control, some in pieces.items():
+            different = [piece for piece in dict.fromkeys(some) if piece]
+            if different:
+                encoded = self.tokenizer(
+                    different, add_special_tokens=False, split_special_tokens=not control)
+                for piece, ids in zip(different, encoded["input_ids"]):
+                    self.ready[piece, control] = ids
+
+    def __call__(self, group, texts=None):
+        """Fills prompt_ids, completion_ids and ended of a group. texts: what texts() gives.
 
         Prompt and completion are encoded apart and concatenated, so the boundary never moves and
         every completion of a prompt has the same prompt ids. Where the ids of prompt + completion
@@ -767,10 +907,10 @@ class Encoder:
         see such text); where a merge crosses the boundary, the completion is encoded alone.
         """
         chat = self.is_chat(group.prompt)
-        group.prompt_ids, prompt_text = self.prompt(group.prompt, group.where)
+        prompt_text, joined = texts or self.texts(group)
+        group.prompt_ids = self.with_bos(self.ids(prompt_text, control=chat))
         group.completion_ids = []
-        for completion in group.completions:
-            text = self.joined_text(group, completion, prompt_text)
+        for text in joined:
             joint = self.with_bos(self.ids(text, control=chat))
             if joint[:len(group.prompt_ids)] == group.prompt_ids:
                 ids = joint[len(group.prompt_ids):]
@@ -819,6 +959,9 @@ class Encoder:
         return "\n".join(lines)
 
 
+AHEAD = 1000         # rows that are tokenised in one go
+
+
 def tokenise(groups, account, encoder, max_length, overlong="drop", progress="tokenise"):
     """Encodes all groups, keeps those that fit, and notes in `account` what became of the rest.
 
@@ -831,11 +974,19 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
     encoder.template_drops = False
     # Beyond this a text has too many tokens whatever they are: 50 MB are not encoded to be dropped.
     most = 2 * max_length * max(map(len, encoder.tokenizer.get_vocab()))
-    for group in tqdm(groups, desc=progress, unit="row", leave=False, disable=None):
-        whole = group.completions
-        group.completions = [text[:most] for text in whole]
-        encoder(group)
-        group.completions = whole
+    bar = progress_bar(len(groups), progress, "row")
+    for i, group in enumerate(groups):
+        if i % AHEAD == 0:
+            ahead = []
+            for g in groups[i:i + AHEAD]:
+                ahead.append(replace(g, completions=[text[:most] for text in g.completions]))
+            texts = [encoder.texts(g) for g in ahead]
+            encoder.encode_ahead(ahead, texts)
+        one = encoder(ahead[i % AHEAD], texts[i % AHEAD])
+        group.prompt_ids = one.prompt_ids
+        group.completion_ids = one.completion_ids
+        group.ended = one.ended
+        bar.update()
         account.looks_special += encoder.looks_special(group)
         room = max_length - len(group.prompt_ids)
         fits = [len(ids) <= room for ids in group.completion_ids]
@@ -854,6 +1005,8 @@ def tokenise(groups, account, encoder, max_length, overlong="drop", progress="to
             group.ended = fits
             account.truncated += not all(fits)
             kept.append(group)
+    bar.close()
+    encoder.ready = {}
     account.kept = len(kept)
     account.template_rewrites = encoder.template_rewrites
     account.template_drops = encoder.template_drops
@@ -908,8 +1061,10 @@ def load_data(args, encoder, usable, max_length, prepare=None, why=""):
         common = {str(g.prompt) for g in train} & {str(g.prompt) for g in held_out}
         if common:
             print(f"  {len(common)} prompts of --eval-dataset are also trained on")
+        chosen = some_prompts(held_out, args.eval_limit or len(held_out), args.seed)
+        held_out = [g for g in held_out if json.dumps(g.prompt) in chosen]
     else:
-        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed)
+        train, held_out = split_by_prompt(train, args.eval_fraction, args.seed, args.eval_limit)
     number_completions(train + held_out)
     return train, held_out
 
@@ -931,17 +1086,23 @@ def fitting_length(args, encoder):
     return min(args.max_length, encoder.max_positions)
 
 
-def split_by_prompt(groups, fraction, seed):
-    """(train, eval) without a common prompt, whatever the order of the rows."""
-    keys = []
-    for g in groups:
-        text = f"{seed} {json.dumps(g.prompt)}"
-        keys.append(hashlib.sha256(text.encode()).hexdigest())
-    prompts = sorted(set(keys))
-    count = round(fraction * len(prompts)) or (fraction > 0)
-    held_out = set(prompts[:min(count, len(prompts) - 1)])  # one at least is trained on
-    train = [g for g, key in zip(groups, keys) if key not in held_out]
-    return train, [g for g, key in zip(groups, keys) if key in held_out]
+def some_prompts(groups, count, seed):
+    """`count` of the different prompts, as JSON, whatever the order of the rows."""
+    def place(prompt):
+        return hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()
+
+    return set(sorted({json.dumps(g.prompt) for g in groups}, key=place)[:count])
+
+
+def split_by_prompt(groups, fraction, seed, limit=0):
+    """(train, eval) without a common prompt. limit: of the prompts held out (0 = none)."""
+    prompts = [json.dumps(g.prompt) for g in groups]
+    different = len(set(prompts))
+    count = round(fraction * different) or (fraction > 0)
+    count = min(count, limit or count, different - 1)       # one at least is trained on
+    held_out = some_prompts(groups, count, seed)
+    train = [g for g, prompt in zip(groups, prompts) if prompt not in held_out]
+    return train, [g for g, prompt in zip(groups, prompts) if prompt in held_out]
 
 
 # ③ plan -------------------------------------------------------------------------------------------
@@ -977,6 +1138,12 @@ class Plan:
             random.Random(f"{self.seed} {epoch}").shuffle(self.order)
         return self.order[place * self.batch_size:(place + 1) * self.batch_size]
 
+    def used(self):
+        """The indices of all groups that some step uses: of the others nothing need be known."""
+        if self.steps >= self.steps_per_epoch:
+            return list(range(self.n))
+        return sorted(i for step in range(self.steps) for i in self[step])
+
 
 def micro_batches(groups, budget, packed=True):
     """Splits groups into lists of at most `budget` tokens; a group over the budget stands alone.
@@ -997,6 +1164,28 @@ def micro_batches(groups, budget, packed=True):
         batches[-1].append(group)
         used += cost(group, batches[-1][0])
     return batches
+
+
+def my_micro_batches(groups, budget, packed=True):
+    """This process's share of a step: [(micro-batch, weight)].
+
+    The groups are dealt out, longest first, each to the process that has the fewest tokens. The
+    weight is the number of processes, since FSDP averages their gradients. All run as many
+    forwards, because weights are gathered in them: who has fewer repeats one group with weight 0.
+    """
+    hands = [[] for _ in range(world())]
+    tokens = [0] * world()
+    for group in sorted(groups, key=Group.tokens, reverse=True) if world() > 1 else groups:
+        emptiest = tokens.index(min(tokens))
+        hands[emptiest].append(group)
+        tokens[emptiest] += group.tokens()
+
+    shares = [micro_batches(hand, budget, packed) for hand in hands]
+    mine = [(micro, world()) for micro in shares[rank()]]
+    idle = max(map(len, shares)) - len(mine)
+    for _ in range(idle):
+        mine.append(([min(groups, key=Group.tokens)], 0))
+    return mine
 
 
 class Comparisons(NamedTuple):
@@ -1343,6 +1532,21 @@ class GatherLogSoftmax(torch.autograd.Function):
         return logits.scatter_add_(1, target[:, None], grad[:, None]), None
 
 
+def through_root(measure):
+    """measure(model, …) where FSDP has gathered the weights outside the layers too: embedding, last
+    norm, head. A call of the model itself would do that, but head and backbone are used apart."""
+    @functools.wraps(measure)
+    def call(model, *args, **options):
+        if not isinstance(model, FSDPModule):
+            return measure(model, *args, **options)
+        result = model.run(measure, *args, **options)
+        if not torch.is_grad_enabled():  # no backward will give them back
+            model.reshard()
+        return result
+    return call
+
+
+@through_root
 def token_logps(model, batch, temperature=1.0):
     """log π(y_t | x, y_<t) of every completion token, batch.owner says whose: (T,) float32.
 
@@ -1382,6 +1586,7 @@ def completion_logps(model, batch):
     return sum_by(token_logps(model, batch), batch.owner, batch.count)
 
 
+@through_root
 def reward_scores(model, batch):
     """The reward of every completion, read at its last token, found by length: (K,) float32.
 
@@ -1397,13 +1602,15 @@ def reward_scores(model, batch):
 @torch.no_grad()
 def for_all(measure, model, groups, budget, packed, autocast, progress):
     """measure(model, batch) of all groups, by micro-batches → one column, float32 on the CPU.
+    Collective: each process measures its share.
 
     It holds the values of all completions, groups in order: one for each completion, (N,), or one
     for each of their tokens, as measure gives them.
     """
-    parts = {}                                               # id of a group → its values
-    bar = progress_bar(len(groups), progress, "row")
-    for micro in micro_batches(groups, budget, packed):
+    number = {id(g): i for i, g in enumerate(groups)}
+    parts = {}                                               # number of a group → its values
+    bar = progress_bar(len(groups) / world(), progress, "row")
+    for micro, weight in my_micro_batches(groups, budget, packed):
         batch = lay_out(model, micro, packed)
         with autocast:
             values = measure(model, batch).float().cpu()
@@ -1411,17 +1618,19 @@ def for_all(measure, model, groups, budget, packed, autocast, progress):
         sizes = [len(g.completion_ids) for g in micro]
         if len(values) == len(batch.target):
             sizes = [sum(map(len, g.completion_ids)) for g in micro]
-        parts |= zip(map(id, micro), values.split(sizes))
-        bar.update(len(micro))
+        parts |= zip([number[id(g)] for g in micro], values.split(sizes))
+        bar.update(len(micro) if weight else 0)
     bar.close()
-    return torch.cat([parts[id(g)] for g in groups])
+    for others in gather(parts):
+        parts |= others
+    return torch.cat([parts[i] for i in range(len(groups))])
 
 
 @torch.no_grad()
 def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     """Whether measure(model, batch), logps or scores, is the same packed and padded: a check.
 
-    A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
+    Collective. A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
     three in one row, where a state that runs on from tree to tree would show (Mamba); and the
     longest, where a window that counts by place in the row would (GPT-Neo). Where the two differ
     one line says that training falls back to padding, slower but correct for any causal LM.
@@ -1440,7 +1649,7 @@ def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     if reason:
         print(f"packed forward fails with {type(model).__name__} ({reason:.120}): falling back to "
               "padding, slower but correct")
-    return reason is None
+    return all(gather(reason is None))
 
 
 # ⑥ models -----------------------------------------------------------------------------------------
@@ -1658,6 +1867,7 @@ def sample(
         model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False,
         seed=0, cache_tokens=2 ** 17, progress=None):
     """n completions of each of P prompts (lists of ids) → P·n Samples, number i of prompt i // n.
+    Collective: each process samples its share, for all to have.
 
     Each prompt is prefilled once and its cache repeated n times; completions that ended leave the
     batch. Nothing is taken from the checkpoint's generation_config. Sampling inverts the CDF at
@@ -1673,11 +1883,13 @@ def sample(
         return []
     numbers = uniforms(prompts, n, max_new_tokens, seed)
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results = [None] * (len(prompts) * n)
-    bar = progress_bar(len(results), progress, "sample")
+    waiting = waiting[rank()::world()]
+    results = {}                                             # number of a prompt → its n Samples
+    bar = progress_bar(len(waiting) * n, progress, "sample")
     was_training = model.training
     model.eval()  # train mode with checkpointing silently drops the cache
     try:
+        whole = model_to_sample(model)
         while waiting:
             # As many prompts, alike in length, as the cache can hold.
             size = 1
@@ -1688,14 +1900,33 @@ def sample(
             batch = waiting[:size]
             waiting = waiting[size:]
             samples = sample_batch(
-                model, [prompts[i] for i in batch], numbers[batch], stops,
+                whole, [prompts[i] for i in batch], numbers[batch], stops,
                 1.0 if greedy else temperature, top_p, greedy, bar)
             for j, i in enumerate(batch):
-                results[i * n:(i + 1) * n] = samples[j * n:(j + 1) * n]
+                results[i] = samples[j * n:(j + 1) * n]
     finally:
         model.train(was_training)
         bar.close()
-    return results
+    for others in gather(results):
+        results |= others
+    return [s for i in range(len(prompts)) for s in results[i]]
+
+
+def model_to_sample(model):
+    """The model itself or, on CUDA and where it is sharded, a whole copy of it in the dtype of the
+    compute: no casts, LoRA merged, a cache of half the size. Collective."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" and not isinstance(model, FSDPModule):
+        return model
+    with torch.device(device):
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=compute_dtype(device)).eval()
+    places = copy.state_dict()                               # they share memory with the copy
+    random = dict(copy.named_parameters())
+    for name, weight in whole_weights(model):
+        places[name].copy_(weight)
+        random.pop(name, None)
+    assert not random, f"{min(random)} was not copied"
+    return copy
 
 
 def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar):
@@ -1791,12 +2022,195 @@ def draw(probs, u, top_p=1.0):
     return token.clamp(max=probs.shape[1] - 1)
 
 
-# ⑧ run directory ----------------------------------------------------------------------------------
+# ⑧ scale ------------------------------------------------------------------------------------------
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def add_lora(model, args):
+    """--lora-rank: an adapter on every linear layer but the head → peft's handle on it, or None.
+
+    It is put into the model itself, which keeps its class and its backbone; only the adapter (and
+    a reward model's head) is trained. On CUDA the frozen weights take the dtype of the compute.
+    """
+    if not args.lora_rank:
+        return None
+    from peft import LoraConfig, get_peft_model  # here, since it is an optional package
+    device = next(model.parameters()).device
+    with pick_autocast(args.dtype, device):
+        low = compute_dtype(device)
+    for name, p in model.named_parameters():
+        if device.type == "cuda" and not name.startswith("score."):
+            p.data = p.data.to(low)
+
+    torch.manual_seed(args.seed)  # A is random, B is 0: at the start nothing changes
+    config = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear",
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM")
+    adapter = get_peft_model(model, config)
+    model.eval()  # what peft adds is in train mode
+    return adapter
+
+
+@contextmanager
+def adapter_off(model):
+    """The model as it was before LoRA changed it; any other model, or None, as it is."""
+    adapted = []
+    if model is not None:
+        adapted = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def recompute_layers(model, args):
+    """--gradient-checkpointing: a layer keeps its input alone and runs again in the backward."""
+    if not args.gradient_checkpointing:
+        return
+    if not layers_of(model):
+        fail(f"--gradient-checkpointing: {type(model).__name__} does not say what its layers are.")
+    for layer in layers_of(model):  # transformers' own switch needs train mode, which has dropout
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def shard(model, args):
+    """FSDP2, under torchrun: each process keeps its share of every weight, gradient and moment.
+
+    The weights of a layer are gathered while it computes: kept in float32, gathered in the dtype of
+    the compute.
+    """
+    if world() == 1:
+        return
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world(),))
+    with pick_autocast(args.dtype, device):
+        low = compute_dtype(device)
+    policy = MixedPrecisionPolicy()
+    if low != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "score"):
+        fully_shard(model.score, mesh=mesh)                  # a reward's head computes in float32
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def run(self, measure, *args, **options):
+        return measure(self, *args, **options)
+
+    model.run = types.MethodType(run, model)
+    register_fsdp_forward_method(model, "run")               # see through_root()
+
+
+def whole(tensor):
+    """A weight, gradient or moment without its sharding. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor, like):
+    """Of a whole tensor what belongs where `like` is: this process's share, or all of it."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def collect(named):
+    """[(name, tensor)] → {name: whole tensor on the CPU} in the first process, {} in the others.
+    One at a time, so that no GPU holds them all. Collective."""
+    tensors = {}
+    for name, tensor in named:
+        tensor = whole(tensor)
+        if rank() == 0:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+@torch.no_grad()
+def whole_weights(model):
+    """(name, weight) of a plain checkpoint, one whole tensor after the other, LoRA added to the
+    weights that it adapts. Collective."""
+    kept = model.state_dict()
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    for name, p in model.named_parameters():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        layer = adapted.get(name.removesuffix(".base_layer.weight"))
+        weight = p.detach()
+        if layer is not None:
+            weight = weight + layer.get_delta_weight("default")
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        yield plain, whole(weight)
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            yield name, buffer
+
+
+def memory_needed(model, groups, packed, args):
+    """About what a process will need: (bytes of weights, gradients and AdamW's moments; bytes of
+    the activations of the largest micro-batch of these groups; its tokens).
+
+    The activations are measured: by how much a group more raises what autograd keeps.
+    """
+    fixed = 0
+    for p in model.parameters():
+        fixed += p.numel() * (16 if p.requires_grad else p.element_size())
+
+    one = groups[0]
+    tokens = args.micro_batch_tokens
+    if one.completion_ids:
+        micros = micro_batches(groups, tokens, packed)
+        tokens = max(sum(map(Group.tokens, micro)) for micro in micros)
+    else:  # nothing is sampled yet
+        one = replace(one, completion_ids=[one.prompt_ids])
+    more = kept_bytes(model, [one, one], packed, args) - kept_bytes(model, [one], packed, args)
+    return fixed / world(), more / one.tokens() * tokens, tokens
+
+
+def kept_bytes(model, groups, packed, args):
+    """Bytes that autograd keeps for the backward of these groups, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    batch = lay_out(model, groups, packed).to(device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with pick_autocast(args.dtype, device):
+            if packed:  # the head keeps at most CHUNK logits
+                result = hidden_states(model, batch)
+            else:
+                result = model(input_ids=batch.input_ids, use_cache=False).logits
+    del result  # not before: freed memory may come again
+    return sum(kept.values())
+
+
+def device_memory(device):
+    """Bytes that the device has, or infinity where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world()
+    return math.inf
+
+
+# ⑨ run directory ----------------------------------------------------------------------------------
 
 # Flags that may differ between the start of a run and --resume: those that change no result …
 FREE = {
     "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
-    "device"}
+    "device", "gradient_checkpointing"}
 # … and those that a user may change on purpose; it is said, since the run is another one then.
 ANNOUNCED = {"max_steps", "epochs", "learning_rate", "threads"}
 
@@ -1910,6 +2324,8 @@ def unlock():
 
 def write_beside(file, text):
     """Writes a file under another name, then renames it: a reader or a kill finds it whole."""
+    if rank():
+        return
     file = Path(file).resolve()                              # a link stays one
     if file.exists() and not file.is_file():                 # a pipe, /dev/null
         file.write_text(text, encoding="utf-8")
@@ -1947,6 +2363,8 @@ def read_lines(file):
 
 def log(out, step, values):
     """One more line of metrics.jsonl. What is not finite becomes null: JSON has no NaN."""
+    if rank():
+        return
     row = {name: value if math.isfinite(value) else None for name, value in values.items()}
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step} | row) + "\n")
@@ -2075,6 +2493,8 @@ def check_resume(out, steps, record):
 
 def save_tensors(tensors, file):
     """A safetensors file, renamed into place whole."""
+    if rank():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with renamed(file) as writing:
         try:
@@ -2089,6 +2509,8 @@ def check_checkpoint(state, model, step):
         raise ValueError("tensors are missing or too many, or it is of another step")
     shapes = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         weight = state[f"weight {name}"]
         shapes.append(p.shape)
         if weight.shape != p.shape or not torch.isfinite(weight).all():
@@ -2099,11 +2521,16 @@ def check_checkpoint(state, model, step):
             raise ValueError(f"{key} has another shape")
 
 
-def describe_run(model, train, held_out, plan, args, packed):
-    """The start lines: sizes, and what packing saves and costs, counted on the first step."""
+def describe_run(model, train, held_out, plan, args, packed, needed):
+    """The start lines: sizes, memory (needed: what memory_needed() gives), and what packing saves
+    and costs, counted on the first step."""
     weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     groups = [train[i] for i in plan[0]]
-    print(f"{weights / 1e6:.2f} M parameters on {next(model.parameters()).device}; "
+    device = next(model.parameters()).device
+    where = f"{device} of {world()} processes" if world() > 1 else str(device)
+    part = f" ({trained / 1e6:.2f} M trained)" if trained < weights else ""
+    print(f"{weights / 1e6:.2f} M parameters{part} on {where}; "
           f"{len(train):,} prompts to train on, {len(held_out):,} held out; "
           f"{len(plan):,} steps of {args.batch_size} prompts")
     if groups[0].completion_ids:
@@ -2114,25 +2541,46 @@ def describe_run(model, train, held_out, plan, args, packed):
         print(f"  step 1: {tokens:,} tokens, each prompt counted once; computed {computed:,} "
               f"({100 * (computed / tokens - 1):.0f} % padding and repeated prompts); "
               f"one padded batch {padded:,} ({padded / tokens:.1f}×)")
-    if weights > 1e8 and args.learning_rate >= 1e-4:
+    fixed, activations, tokens = needed
+    print(f"  memory: about {fixed / 2 ** 30:.2f} GiB for weights, gradients and moments, "
+          f"{activations / 2 ** 30:.2f} GiB for the activations of {tokens:,} tokens")
+    has = device_memory(device)
+    if fixed + activations > has:
+        print(f"note: the device has {has / 2 ** 30:.1f} GiB; --gradient-checkpointing, a smaller "
+              "--micro-batch-tokens, --lora-rank or more processes (torchrun) need less")
+    if trained > 1e8 and args.learning_rate >= 1e-4:
         print(f"note: --learning-rate {args.learning_rate:g} suits the toy; for this size 5e-7 to "
               "5e-6 is usual, for a reward model 5e-6 to 2e-5")
 
 
-def save_model(out, model, tokenizer):
-    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole."""
-    for name, weight in model.named_parameters():
+def save_model(out, model, tokenizer, adapter=None):
+    """A plain Hugging Face checkpoint in `out`, each file renamed into place whole. Collective.
+
+    A LoRA adapter is merged into it, and stands beside it in adapter/.
+    """
+    weights = collect(whole_weights(model))
+    trained = [(f"base_model.model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = collect(trained if adapter else [])
+    if rank():
+        return
+    for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             fail(f"the weight {name} holds NaN or an infinity: the run diverged, and nothing of it "
                  f"is saved but {out}/checkpoint; try a lower --lr.")
     writing = out / "model.writing"
     shutil.rmtree(writing, ignore_errors=True)
     with failing(f"--output-dir {out}: the model cannot be saved (--resume saves it again)"):
-        model.save_pretrained(writing)
+        model.save_pretrained(writing, state_dict=weights)
         tokenizer.save_pretrained(writing)
-        for file in sorted(writing.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, out / file.name)                # config.json last: then all is there
-        writing.rmdir()
+        if adapter:
+            adapter.save_pretrained(
+                writing / "adapter", state_dict=trained, save_embedding_layers=False)
+            (out / "adapter").mkdir(exist_ok=True)
+        files = [file for file in writing.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file == writing / "config.json"):
+            (out / file.relative_to(writing)).parent.mkdir(exist_ok=True)
+            os.replace(file, out / file.relative_to(writing))    # config.json last: all is there
+        shutil.rmtree(writing)
         unlock()
         (out / "lock").unlink(missing_ok=True)
 
@@ -2190,6 +2638,7 @@ def run(main):
     sys.stderr = Console(sys.stderr, needed=False)
     try:
         main()
+        leave_processes()
         sys.stdout.flush()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)         # one line, however often it is pressed

@@ -1401,7 +1401,7 @@ def main(argv=None):
         return
 
     # --- load
-    device = common.pick_device(args.device)
+    device = common.join_processes(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     systems = load_files(args)
     scorers = load_scorers(args, device)
@@ -1436,7 +1436,7 @@ def main(argv=None):
         print(histogram(shown))
 
     # --- write
-    if args.plot:
+    if args.plot and common.rank() == 0:
         plot_scores(args.plot, panels)
     if args.tokens:
         write_tokens(args.tokens, align(systems, table), scorers[0], args, autocast)

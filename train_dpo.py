@@ -150,6 +150,7 @@ def parse_args(argv=None):
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -172,6 +173,9 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -682,9 +686,10 @@ def mismatch(groups, max_length, seed):
     order = list(range(len(groups)))
     random.Random(f"{seed} mismatch").shuffle(order)
     others = [None] * len(groups)
+    twice = order * 2
     for place, i in enumerate(order):
-        turned = order[place + 1:] + order[:place]
-        foreign = [j for j in turned[:1000] if groups[j].prompt_ids != groups[i].prompt_ids]
+        turned = twice[place + 1:place + min(1001, len(order))]
+        foreign = [j for j in turned if groups[j].prompt_ids != groups[i].prompt_ids]
         if not foreign:
             fail("--loss kto needs completions of two different prompts, and all rows have one.")
         ids = groups[foreign[0]].completion_ids[0][:max_length - len(groups[i].prompt_ids)]
@@ -695,7 +700,8 @@ def mismatch(groups, max_length, seed):
 def reference_logps(model, groups, held_out, args, autocast):
     """What is measured once, at the start → tensors, and the file of --output-dir that keeps them.
 
-    logps (N,): log π_ref of every completion, 0 for a loss without reference.
+    logps (N,): log π_ref of the completions of these groups, NaN for others; 0 for a loss without
+    reference.
     tokens (T,): that of every token of the held-out completions, of whose change the evaluation
     tells. The file's name is a hash of all that the numbers depend on: config and weights of the
     model, every token id (so tokeniser, template, lengths and rows), the dtype.
@@ -705,17 +711,18 @@ def reference_logps(model, groups, held_out, args, autocast):
     parts += [args.dtype, next(model.parameters()).device.type, str(reference)]
     name = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     file = Path(args.output_dir) / "ref_logps" / f"{name}.safetensors"
-    if file.exists():
+    if common.first(file.exists):
         print(f"reference log-probs: read from {file}")
         with common.failing(f"{file}: cannot be read; without it they are computed again"):
             return load_file(file), file
 
     packed = common.can_pack(model, groups)
     budget = args.micro_batch_tokens
-    logps = torch.zeros(sum(len(g.completion_ids) for g in groups))
+    index = [i for g in groups for i in g.index]
+    logps = torch.full((max(index) + 1,), math.nan if reference else 0.0)
     tokens = torch.zeros(0)
     if reference:
-        logps = for_all(
+        logps[index] = for_all(
             completion_logps, model, groups, budget, packed, autocast, "reference log-probs")
     if held_out:
         tokens = for_all(
@@ -822,12 +829,17 @@ def sample_answers(model, encoder, groups, args, packed, autocast, show, moved):
 
 
 def own_kl(model, encoder, own, args, packed, autocast):
-    """KL(π‖π_ref) per completion, from the policy's own samples; the reference is loaded for it."""
+    """KL(π‖π_ref) per completion, from the policy's own samples; the reference is loaded for it,
+    unless it is the policy without its adapter."""
     device = next(model.parameters()).device
     budget = args.micro_batch_tokens
     ours = for_all(completion_logps, model, own, budget, packed, autocast, "KL")
-    reference = common.load_model(args.ref_model or args.model, encoder, device, "--ref-model")
-    theirs = for_all(completion_logps, reference, own, budget, packed, autocast, "KL")
+    reference = model                                    # with LoRA: its adapter off
+    if args.ref_model or not args.lora_rank:
+        path = args.ref_model or args.model
+        reference = common.load_model(path, encoder, device, "--ref-model")
+    with common.adapter_off(reference):
+        theirs = for_all(completion_logps, reference, own, budget, packed, autocast, "KL")
     ratio = (ours - theirs).double()
     error = ratio.std(correction=1).item() / math.sqrt(len(ratio)) if len(ratio) > 1 else math.inf
     return {"kl": ratio.mean().item(), "kl_se": error}
@@ -870,21 +882,25 @@ def lr_at(step, steps, args):
 def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
+    Tensors are whole, so a run goes on with any number of processes; all of them must call this.
     extra: name → number, what the loop remembers besides. No random state is kept: every random
     draw is a function of the seed and the step. The checkpoint before this one stays too, and
     weights that are not finite take nobody's place.
     """
-    state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    tensors = {f"weight {n}": p for n, p in model.named_parameters() if p.requires_grad}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            state[f"adamw {i} {name}"] = value.contiguous()
+            tensors[f"adamw {i} {name}"] = value
+    state = common.collect(tensors.items())
     for name, value in (extra | {"step": step, "tensors": len(state) + len(extra) + 2}).items():
         state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
+    if common.rank():
+        return
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
     done, before = common.newest_checkpoint(out)
     kept = f"--resume goes on from step {done}" if done else "there is no checkpoint before it"
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         fail(f"step {step}: the weights are no longer finite numbers, so they are not saved; "
              f"{kept}, with a lower --lr.")
     try:
@@ -906,14 +922,16 @@ def load_checkpoint(out, model, optimizer):
     extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
         common.check_checkpoint(state, model, done)
-        for name, p in model.named_parameters():
-            p.copy_(state.pop(f"weight {name}"))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            p.copy_(common.part(state.pop(f"weight {name}"), p))
+        shards = list(trained.values())                      # in the optimizer's order
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
                 extra[name] = value.item()
             else:
-                moments.setdefault(int(*i), {})[name] = value
+                moments.setdefault(int(*i), {})[name] = common.part(value, shards[int(*i)])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     del extra["step"], extra["tensors"]                      # what the file says of itself
@@ -932,7 +950,7 @@ def main(argv=None):
     usable = [name for name, row in FORMATS.items() if row.gives in loss.gives]
 
     # --- shared: setup ---
-    device = common.pick_device(args.device)
+    device = common.join_processes(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     encoder = common.load_encoder(args.model, args.chat_template, args.chat)
     max_length = common.fitting_length(args, encoder)
@@ -942,11 +960,15 @@ def main(argv=None):
         return prepare(groups, account, args, device)
 
     train, held_out = common.load_data(args, encoder, usable, max_length, prepare_rows)
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     every = train + held_out
     others = []
     if loss.shift == "mismatched":
         others = mismatch(every, max_length, args.seed)
         common.number_completions(every + others)
+    # Of the rows that no step uses, nothing is computed.
+    used = [*plan.used(), *range(len(train), len(every))]
+    measured = [every[i] for i in used] + [others[i] for i in used if others]
 
     # The reference is measured before the policy is loaded, or is the policy: never two in memory.
     begin = None
@@ -955,26 +977,29 @@ def main(argv=None):
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
         reference = common.load_model(args.ref_model, encoder, device, "--ref-model")
-        begin, begin_file = reference_logps(reference, every + others, held_out, args, autocast)
+        begin, begin_file = reference_logps(reference, measured, held_out, args, autocast)
         depends["reference_sha256"] = common.model_fingerprint(reference)
         del reference
     model = common.load_model(args.model, encoder, device)
     packed = common.can_pack(model, train)
     if begin is None:
-        begin, begin_file = reference_logps(model, every + others, held_out, args, autocast)
+        begin, begin_file = reference_logps(model, measured, held_out, args, autocast)
 
     # --- shared: open the run ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.open_run(args, len(plan), **depends)
+    out, start, evaluated = common.first(common.open_run, args, len(plan), **depends)
+    adapter = common.add_lora(model, args)
+    common.recompute_layers(model, args)
+    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
+    common.shard(model, args)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
-    common.describe_run(model, train, held_out, plan, args, packed)
+    common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
-    if not begin_file.exists():
+    if common.first(lambda: not begin_file.exists()):
         common.save_tensors(begin, begin_file)
     ref_logps = begin["logps"]
 
@@ -1011,7 +1036,8 @@ def main(argv=None):
     stopped = common.catch_signals()
     saved_at = time.monotonic()
     steps = range(start, len(plan))
-    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
+    quiet = True if common.rank() else None
+    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=quiet)
     # --- end shared ---
 
     # --- loop
@@ -1023,18 +1049,20 @@ def main(argv=None):
 
         # The gradient of the whole step, summed over micro-batches (memory, not statistics).
         optimizer.zero_grad(set_to_none=True)
-        for micro in common.micro_batches(groups, args.micro_batch_tokens, packed):
+        for micro, weight in common.my_micro_batches(groups, args.micro_batch_tokens, packed):
             with autocast:
                 batch = common.lay_out(model, micro, packed)
                 logps = completion_logps(model, batch)                          # (K,)
             part, part_sums = micro_loss(logps, ref_logps, shift, micro, args)
-            (part / normaliser(groups, args)).backward()
-            sums.update(part_sums)
+            (part * weight / normaliser(groups, args)).backward()
+            sums.update(part_sums if weight else {})
+        sums = common.total(sums)
 
         # --- shared: update ---
         # A gradient that is not finite would ruin the weights: the state before it is kept instead.
         bound = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
+        grad_norm = common.whole(grad_norm)
         if not torch.isfinite(grad_norm):
             save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
@@ -1063,19 +1091,22 @@ def main(argv=None):
         # --- shared: save and evaluate ---
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
-        if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
+        # A signal and the ten minutes reach one process before another: all act on the same step.
+        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
+        stop = any(common.gather(bool(stopped)))
+        if last or stop or asked or late:
             save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)
-        if stopped and not last:
+        if stop and not last:
             bar.close()
             print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
             raise SystemExit(130)
         # --- end shared ---
 
     # --- save
-    common.save_model(out, model, encoder.tokenizer)
+    common.save_model(out, model, encoder.tokenizer, adapter)
     print(f"saved in {out}: model, args.json, metrics.jsonl, checkpoint/")
 
 

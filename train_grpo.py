@@ -153,6 +153,7 @@ def parse_args(argv=None):
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -175,6 +176,9 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -631,7 +635,7 @@ def function_reward(function, what):
 
     In a chat a completion is [{"role": "assistant", "content": …}], as in trl.
     """
-    def reward(groups, texts, ids, ended):
+    def ask(groups, texts, ids):
         given = reward_arguments(groups, texts, ids)
         try:
             inspect.signature(function).bind(**given)
@@ -645,6 +649,21 @@ def function_reward(function, what):
             raise RewardError(f"{what}: {common.first_line(error)}, in line {frame.lineno} of "
                               f"{frame.filename}.")
         return checked(values, texts, what)
+
+    def reward(groups, texts, ids, ended):
+        # A function may be slow or random: each process asks about its own prompts, once.
+        mine = common.my_share([id(g) for g in groups])
+        columns = [[column[i] for i in mine] for column in (groups, texts, ids)]
+        try:
+            outcome = dict(zip(mine, ask(*columns).tolist())) if mine else {}
+        except RewardError as error:
+            outcome = error
+        values = {}
+        for one in common.gather(outcome):
+            if isinstance(one, RewardError):
+                raise one                # in all processes, whichever had it
+            values |= one
+        return torch.tensor([values[i] for i in range(len(texts))], dtype=torch.float64)
     return reward
 
 
@@ -854,7 +873,8 @@ def prepare(rollout, model, reference, args, packed, autocast):
     several = len(minibatches) * args.updates_per_batch > 1
     policy = model if several or args.kl == "reward" else None
     old = log_probs(policy, minibatches, lengths, args, packed, autocast)        # (M,)
-    ref = log_probs(reference, minibatches, lengths, args, packed, autocast)     # (M,)
+    with common.adapter_off(reference):
+        ref = log_probs(reference, minibatches, lengths, args, packed, autocast)     # (M,)
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)                # (M,)
     if args.kl == "reward":                                                      # (10)
         k1 = sum_by(old - ref, owner, len(lengths)).double()                     # (N,)
@@ -1000,21 +1020,25 @@ def lr_at(step, steps, args):
 def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
+    Tensors are whole, so a run goes on with any number of processes; all of them must call this.
     extra: name → number, what the loop remembers besides. No random state is kept: every random
     draw is a function of the seed and the step. The checkpoint before this one stays too, and
     weights that are not finite take nobody's place.
     """
-    state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    tensors = {f"weight {n}": p for n, p in model.named_parameters() if p.requires_grad}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            state[f"adamw {i} {name}"] = value.contiguous()
+            tensors[f"adamw {i} {name}"] = value
+    state = common.collect(tensors.items())
     for name, value in (extra | {"step": step, "tensors": len(state) + len(extra) + 2}).items():
         state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
+    if common.rank():
+        return
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
     done, before = common.newest_checkpoint(out)
     kept = f"--resume goes on from step {done}" if done else "there is no checkpoint before it"
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         fail(f"step {step}: the weights are no longer finite numbers, so they are not saved; "
              f"{kept}, with a lower --lr.")
     try:
@@ -1036,14 +1060,16 @@ def load_checkpoint(out, model, optimizer):
     extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
         common.check_checkpoint(state, model, done)
-        for name, p in model.named_parameters():
-            p.copy_(state.pop(f"weight {name}"))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            p.copy_(common.part(state.pop(f"weight {name}"), p))
+        shards = list(trained.values())                      # in the optimizer's order
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
                 extra[name] = value.item()
             else:
-                moments.setdefault(int(*i), {})[name] = value
+                moments.setdefault(int(*i), {})[name] = common.part(value, shards[int(*i)])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     del extra["step"], extra["tensors"]                      # what the file says of itself
@@ -1069,7 +1095,7 @@ def main(argv=None):
     args = parse_args(argv)
     # --- setup
     # --- shared: setup ---
-    device = common.pick_device(args.device)
+    device = common.join_processes(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     encoder = common.load_encoder(args.model, args.chat_template, args.chat)
     max_length = common.fitting_length(args, encoder)
@@ -1080,6 +1106,7 @@ def main(argv=None):
     # + 1: load_data() keeps a prompt that leaves room for one token.
     room = max_length - args.max_new_tokens + 1
     train, held_out = common.load_data(args, encoder, ("prompt",), room)
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
 
     rewards = load_rewards(args.reward + args.watch, args, device)
     model = common.load_model(args.model, encoder, device)
@@ -1088,7 +1115,9 @@ def main(argv=None):
     if args.ref_model:
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
-    if args.beta:
+    if args.beta and args.lora_rank and not args.ref_model:
+        reference = model                                    # with its adapter off
+    elif args.beta:
         path = args.ref_model or args.model
         reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
     depends = {"reward_sha256": rewards_fingerprint(args)}   # what else this run depends on
@@ -1096,16 +1125,21 @@ def main(argv=None):
         depends["reference_sha256"] = common.model_fingerprint(reference)
 
     # --- shared: open the run ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.open_run(args, len(plan), **depends)
+    out, start, evaluated = common.first(common.open_run, args, len(plan), **depends)
+    adapter = common.add_lora(model, args)
+    common.recompute_layers(model, args)
+    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
+    common.shard(model, args)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
-    common.describe_run(model, train, held_out, plan, args, packed)
+    common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
+    if reference is not None and reference is not model:
+        common.shard(reference, args)
     trained = ", ".join(list(rewards)[:len(args.reward)])
     watched = ", ".join(list(rewards)[len(args.reward):]) or "none"
     print(f"  {args.group_size} completions of each prompt; rewards: {trained}; watched: {watched}")
@@ -1140,22 +1174,26 @@ def main(argv=None):
 
     def update(step, groups, tokens):
         """One optimizer step on a minibatch → (norm of its gradient, Counter of metric sums)."""
-        sums = Counter(computed=sum(g.tokens() for g in groups))
+        sums = Counter()
 
         # The gradient of the minibatch, summed over micro-batches (memory, not statistics).
         optimizer.zero_grad(set_to_none=True)
-        for micro in common.micro_batches(groups, args.micro_batch_tokens, packed):
+        for micro, weight in common.my_micro_batches(groups, args.micro_batch_tokens, packed):
             with autocast:
                 batch = common.lay_out(model, micro, packed)
                 logp = token_logps(model, batch, args.temperature)              # (T,)
             loss, part_sums = micro_loss(tokens.of(micro, logp), args)
-            loss.backward()
-            sums.update(part_sums)
+            (loss * weight).backward()
+            sums.update(part_sums if weight else {})
+
+        sums = common.total(sums)
+        sums["computed"] = sum(g.tokens() for g in groups)
 
         # --- shared: update ---
         # A gradient that is not finite would ruin the weights: the state before it is kept instead.
         bound = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
+        grad_norm = common.whole(grad_norm)
         if not torch.isfinite(grad_norm):
             save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
@@ -1176,7 +1214,8 @@ def main(argv=None):
     stopped = common.catch_signals()
     saved_at = time.monotonic()
     steps = range(start, len(plan))
-    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
+    quiet = True if common.rank() else None
+    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=quiet)
     # --- end shared ---
     alarmed = set()                  # reward models that were said to be out of their depth
     recent = []                      # rows of completions.jsonl: the last eight steps
@@ -1234,12 +1273,15 @@ def main(argv=None):
         # --- shared: save and evaluate ---
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
-        if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
+        # A signal and the ten minutes reach one process before another: all act on the same step.
+        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
+        stop = any(common.gather(bool(stopped)))
+        if last or stop or asked or late:
             save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)
-        if stopped and not last:
+        if stop and not last:
             bar.close()
             print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
             raise SystemExit(130)
@@ -1248,7 +1290,7 @@ def main(argv=None):
     # --- save
     for row in recent[-3:]:
         print(sample_line(row["prompt"], row["completions"], row["advantages"]))
-    common.save_model(out, model, encoder.tokenizer)
+    common.save_model(out, model, encoder.tokenizer, adapter)
     print(f"saved in {out}: model, args.json, metrics.jsonl, completions.jsonl, checkpoint/")
 
 

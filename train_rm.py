@@ -143,6 +143,7 @@ def parse_args(argv=None):
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -165,6 +166,9 @@ def parse_args(argv=None):
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
+    g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -485,21 +489,25 @@ def lr_at(step, steps, args):
 def save_checkpoint(out, model, optimizer, step, extra):
     """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
 
+    Tensors are whole, so a run goes on with any number of processes; all of them must call this.
     extra: name → number, what the loop remembers besides. No random state is kept: every random
     draw is a function of the seed and the step. The checkpoint before this one stays too, and
     weights that are not finite take nobody's place.
     """
-    state = {f"weight {name}": p.detach().contiguous() for name, p in model.named_parameters()}
+    tensors = {f"weight {n}": p for n, p in model.named_parameters() if p.requires_grad}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            state[f"adamw {i} {name}"] = value.contiguous()
+            tensors[f"adamw {i} {name}"] = value
+    state = common.collect(tensors.items())
     for name, value in (extra | {"step": step, "tensors": len(state) + len(extra) + 2}).items():
         state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
+    if common.rank():
+        return
     folder = out / "checkpoint"
     file = folder / f"step-{step}.safetensors"
     done, before = common.newest_checkpoint(out)
     kept = f"--resume goes on from step {done}" if done else "there is no checkpoint before it"
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         fail(f"step {step}: the weights are no longer finite numbers, so they are not saved; "
              f"{kept}, with a lower --lr.")
     try:
@@ -521,14 +529,16 @@ def load_checkpoint(out, model, optimizer):
     extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
         common.check_checkpoint(state, model, done)
-        for name, p in model.named_parameters():
-            p.copy_(state.pop(f"weight {name}"))
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            p.copy_(common.part(state.pop(f"weight {name}"), p))
+        shards = list(trained.values())                      # in the optimizer's order
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
                 extra[name] = value.item()
             else:
-                moments.setdefault(int(*i), {})[name] = value
+                moments.setdefault(int(*i), {})[name] = common.part(value, shards[int(*i)])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
     del extra["step"], extra["tensors"]                      # what the file says of itself
@@ -562,7 +572,7 @@ def main(argv=None):
         return kept
 
     # --- shared: setup ---
-    device = common.pick_device(args.device)
+    device = common.join_processes(args.device)
     autocast = common.pick_autocast(args.dtype, device)
     encoder = common.load_encoder(args.model, args.chat_template, args.chat)
     max_length = common.fitting_length(args, encoder)
@@ -571,6 +581,7 @@ def main(argv=None):
         args, encoder, usable, max_length, prepare,
         why=" with this --loss (a reward is learnt from comparisons of completions of the same "
         "prompt, or with --loss pointwise from rows with a label)")
+    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
 
     torch.manual_seed(args.seed)                             # a new head is a function of the seed
     model = common.load_reward_model(args.model, encoder, device, "--model", new_head=True)
@@ -580,15 +591,18 @@ def main(argv=None):
     depends = {}                                             # beside data and model: nothing
 
     # --- shared: open the run ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.open_run(args, len(plan), **depends)
+    out, start, evaluated = common.first(common.open_run, args, len(plan), **depends)
+    adapter = common.add_lora(model, args)
+    common.recompute_layers(model, args)
+    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
+    common.shard(model, args)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
-    common.describe_run(model, train, held_out, plan, args, packed)
+    common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
 
     def score_all(groups, what):
@@ -616,7 +630,8 @@ def main(argv=None):
     stopped = common.catch_signals()
     saved_at = time.monotonic()
     steps = range(start, len(plan))
-    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=None)
+    quiet = True if common.rank() else None
+    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=quiet)
     # --- end shared ---
 
     # --- loop
@@ -627,18 +642,20 @@ def main(argv=None):
 
         # The gradient of the whole step, summed over micro-batches (memory, not statistics).
         optimizer.zero_grad(set_to_none=True)
-        for micro in common.micro_batches(groups, args.micro_batch_tokens, packed):
+        for micro, weight in common.my_micro_batches(groups, args.micro_batch_tokens, packed):
             with autocast:
                 batch = common.lay_out(model, micro, packed)
                 rewards = reward_scores(model, batch)                           # (K,)
             part, part_sums = micro_loss(rewards, micro, args)
-            (part / len(groups)).backward()
-            sums.update(part_sums)
+            (part * weight / len(groups)).backward()
+            sums.update(part_sums if weight else {})
+        sums = common.total(sums)
 
         # --- shared: update ---
         # A gradient that is not finite would ruin the weights: the state before it is kept instead.
         bound = args.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
+        grad_norm = common.whole(grad_norm)
         if not torch.isfinite(grad_norm):
             save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
@@ -664,12 +681,15 @@ def main(argv=None):
         # --- shared: save and evaluate ---
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
-        if last or stopped or asked or time.monotonic() - saved_at > SAVE_SECONDS:
+        # A signal and the ten minutes reach one process before another: all act on the same step.
+        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
+        stop = any(common.gather(bool(stopped)))
+        if last or stop or asked or late:
             save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)
-        if stopped and not last:
+        if stop and not last:
             bar.close()
             print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
             raise SystemExit(130)
@@ -681,7 +701,7 @@ def main(argv=None):
     first_pass = range(min(len(plan), plan.steps_per_epoch))
     some = [train[i] for step in first_pass for i in plan[step]][:5000]
     note_statistics(model.config, some, score_all(some, "statistics"))
-    common.save_model(out, model, encoder.tokenizer)
+    common.save_model(out, model, encoder.tokenizer, adapter)
     ends = {ids[-1] for g in some for ids in g.completion_ids}
     if model.config.pad_token_id in ends:
         print("note: the completions' end token is also the pad token "

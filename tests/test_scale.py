@@ -1,0 +1,284 @@
+"""Several processes, gradient checkpointing, LoRA, large data: the same numbers as one plain process.
+
+The runs of two processes share one torchrun, which runs this very file (see the end): starting
+takes longer than training the toy.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import common
+import train_dpo
+import train_grpo
+import train_rm
+
+TOY = ROOT / "tests" / "toy"
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="LoRA needs peft")
+MAIN = {"dpo": train_dpo.main, "rm": train_rm.main, "grpo": train_grpo.main}
+
+FEW = "--limit 80 --batch-size 8 --max-steps 2 --micro-batch-tokens 60 --eval-fraction 0.1"
+PAIRS = f"{FEW} --learning-rate 1e-4 --save-every 1"
+DPO = f"{PAIRS} --eval-samples 4"
+GRPO = f"{FEW} --learning-rate 1e-4 --eval-samples 4 --max-new-tokens 4 --group-size 4 --eval-k 2"
+LORA = " --lora-rank 4" if find_spec("peft") else ""
+CASES = {                        # name: flags. Of "wide" the layout is padded
+    "dpo": f"{DPO} --model UNTIED --gradient-checkpointing",
+    "dpo-lora": f"{DPO} --batch-size 1 --gradient-checkpointing" + LORA,     # a process is idle
+    "rm": PAIRS,
+    "rm-wide": f"{PAIRS} --center-coef 0.1" + LORA,
+    "grpo": f"{GRPO} --beta 0.1 --kl reward --updates-per-batch 2 --minibatches 2",
+    "grpo-lora": f"{GRPO} --dynamic-sampling" + LORA,
+}
+
+
+def run_case(name, flags, base):
+    """One case, as this process or as one of two → the folder of its run."""
+    out = base / str(common.world()) / name
+    packs = common.can_pack
+    if "wide" in name:
+        common.can_pack = lambda *_: False
+    try:
+        flags = flags.replace("UNTIED", str(base / "untied")).split()
+        MAIN[name.split("-")[0]]([*flags, "--output-dir", str(out)])
+    finally:
+        common.can_pack = packs
+    return out
+
+
+def resume_case(out, to):
+    """Goes on with a copy of a run of case "rm" from the checkpoint before its last."""
+    if common.rank() == 0:
+        shutil.copytree(out, to)
+        (to / "checkpoint" / "step-2.safetensors").unlink()
+    common.gather(None)                                      # the others wait for the copy
+    train_rm.main([*CASES["rm"].split(), "--output-dir", str(to), "--resume"])
+
+
+def torchrun(processes, *command):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={processes}", *map(str, command)]
+    return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{number of processes: folder of all cases}, and what the first of two processes printed."""
+    base = tmp_path_factory.mktemp("scale")
+    untied = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    untied.config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach() * 1.1)
+    untied.save_pretrained(base / "untied")
+    common.load_encoder(TOY / "model").tokenizer.save_pretrained(base / "untied")
+
+    run_case("rm", CASES["rm"], base)
+    two = torchrun(2, __file__, base)
+    for name, flags in CASES.items():
+        if name != "rm":
+            run_case(name, flags, base)
+    output, errors = two.communicate(timeout=400)
+    assert two.returncode == 0, errors[-3000:]
+    return {1: base / "1", 2: base / "2", "output": output}
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_numbers(a, b, tolerance=1e-5):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert set(x) == set(y)
+        for name in x:
+            if "second" not in name:                         # times and tokens per second
+                assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_the_numbers_of_one(runs, name):
+    assert_same_numbers(metrics(runs[1] / name), metrics(runs[2] / name))
+    one = load_file(runs[1] / name / "model.safetensors")
+    two = load_file(runs[2] / name / "model.safetensors")
+    assert set(one) == set(two)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=3e-4)
+
+
+def test_only_the_first_process_prints(runs):
+    assert runs["output"].count("step 0: eval loss") == sum(not n.startswith("grpo") for n in CASES)
+
+
+def test_what_two_processes_save_is_a_plain_model(runs):
+    config = json.loads((runs[2] / "rm" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        runs[2] / "rm", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_checkpoint_of_one_process_goes_on_with_two(runs):
+    assert_same_numbers(metrics(runs[2] / "resumed"), metrics(runs[1] / "rm"))
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one(runs, tmp_path):
+    resume_case(runs[2] / "rm", tmp_path / "resumed")
+    assert_same_numbers(metrics(tmp_path / "resumed"), metrics(runs[1] / "rm"))
+
+
+def test_a_killed_process_ends_the_run_which_goes_on_with_one(tmp_path):
+    flags = f"{PAIRS} --eval-samples 0 --save-every 1".replace("--max-steps 2", "--max-steps 400")
+    run = torchrun(2, "train_dpo.py", *flags.split(), "--output-dir", tmp_path)
+    while not list(tmp_path.glob("checkpoint/step-3.safetensors")):
+        assert run.poll() is None, run.stderr.read()[-2000:]
+        time.sleep(0.1)
+    workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert run.wait(60) != 0
+    done = common.newest_checkpoint(tmp_path)[0]
+    flags = flags.replace("--max-steps 400", f"--max-steps {done + 1}")
+    train_dpo.main([*flags.split(), "--output-dir", str(tmp_path), "--resume"])
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == list(range(1, done + 2))
+
+
+# --- gradient checkpointing -----------------------------------------------------------------------
+
+def toy_groups(count=6):
+    encoder = common.load_encoder(TOY / "model")
+    groups, account = common.read_groups(f"{TOY}/pairs.jsonl", ["pair"], limit=count)
+    groups = common.tokenise(groups, account, encoder, 512)
+    common.number_completions(groups)
+    return encoder, groups
+
+
+def test_gradient_checkpointing_keeps_little_and_gives_the_same_gradient(capsys):
+    encoder, groups = toy_groups()
+    kept = []
+    gradients = []
+    for flags in ([], ["--gradient-checkpointing"]):
+        args = train_dpo.parse_args(flags)
+        model = common.load_model(TOY / "model", encoder, torch.device("cpu"))
+        common.recompute_layers(model, args)
+        kept.append(common.kept_bytes(model, groups, True, args))
+        common.completion_logps(model, common.pack(groups)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert kept[1] < 0.2 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_memory_needed_counts_what_is_trained_and_what_is_kept():
+    encoder, groups = toy_groups()
+    args = train_dpo.parse_args(["--micro-batch-tokens", "60"])
+    model = common.load_model(TOY / "model", encoder, torch.device("cpu"))
+    weights = sum(p.numel() for p in model.parameters())
+    fixed, activations, tokens = common.memory_needed(model, groups, True, args)
+    assert fixed == 16 * weights and 40 < tokens <= 60
+    model.requires_grad_(False)
+    assert common.memory_needed(model, groups, True, args)[0] == 4 * weights
+
+
+# --- LoRA -----------------------------------------------------------------------------------------
+
+@needs_peft
+def test_lora_saves_a_plain_checkpoint_and_the_adapter_beside_it(runs):
+    from peft import PeftModel
+    out = runs[2] / "dpo-lora"
+    encoder, groups = toy_groups()
+    batch = common.pack(groups)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    base = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    with torch.no_grad():
+        merged = common.completion_logps(model, batch)
+        start = common.completion_logps(base, batch)
+        adapted = PeftModel.from_pretrained(base, out / "adapter").eval().get_base_model()
+        beside = common.completion_logps(adapted, batch)
+        with common.adapter_off(adapted):
+            off = common.completion_logps(adapted, batch)
+    torch.testing.assert_close(merged, beside, rtol=0, atol=1e-4)
+    assert torch.equal(off, start) and (merged - start).abs().max() > 1e-3
+
+
+@needs_peft
+def test_lora_trains_only_the_adapter_and_a_reward_head():
+    encoder, groups = toy_groups()
+    args = train_rm.parse_args(["--lora-rank", "4"])
+    model = common.load_reward_model(TOY / "model", encoder, torch.device("cpu"), new_head=True)
+    before = common.reward_scores(model, common.pack(groups))
+    common.add_lora(model, args)
+    assert torch.equal(common.reward_scores(model, common.pack(groups)), before)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(".lora_" in name or name.startswith("score.") for name in trained)
+
+
+def test_lora_without_peft_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train_dpo.parse_args(["--lora-rank", "4"])
+    assert "pip install peft" in capsys.readouterr().err
+
+
+# --- large data -----------------------------------------------------------------------------------
+
+def test_only_rows_that_a_step_uses_get_reference_log_probs(monkeypatch, tmp_path):
+    measured = []
+
+    def note(measure, model, groups, *rest, for_all=common.for_all):
+        measured.append(len(groups))
+        return for_all(measure, model, groups, *rest)
+
+    monkeypatch.setattr(train_dpo, "for_all", note)
+    flags = "--max-steps 2 --batch-size 8 --eval-limit 10 --eval-samples 0 --output-dir"
+    train_dpo.main([*flags.split(), str(tmp_path)])
+    assert measured[0] == 2 * 8 + 10                         # of 2,000 rows
+    assert metrics(tmp_path)[0]["eval/n"] == 10
+
+
+def test_the_plan_knows_which_rows_it_uses():
+    plan = common.Plan(10, 3, 1, 2, seed=0)
+    assert plan.used() == sorted(plan[0] + plan[1])
+    assert common.Plan(10, 3, 2, 0, seed=0).used() == list(range(10))
+    assert len(common.Plan(10 ** 6, 8, 1, 10 ** 6, 0).used()) == 10 ** 6
+
+
+def test_tokenising_many_rows_in_one_go_gives_the_same_ids():
+    encoder, groups = toy_groups(40)
+    for group in groups:
+        alone = encoder(replace(group))
+        assert (alone.prompt_ids, alone.completion_ids) == (group.prompt_ids, group.completion_ids)
+
+
+# --- what torchrun runs ---------------------------------------------------------------------------
+
+def run_all(base):
+    common.join_processes("cpu")
+    for name, flags in CASES.items():
+        run_case(name, flags, base)
+    resume_case(base / "1" / "rm", base / "2" / "resumed")
+
+    # Weights are shards, and stay so after a forward without a gradient.
+    encoder, groups = toy_groups()
+    model = common.load_model(TOY / "model", encoder, torch.device("cpu"))
+    want = common.completion_logps(model, common.pack(groups)).detach()
+    common.shard(model, train_dpo.parse_args([]))
+    with torch.no_grad():
+        got = common.completion_logps(model, common.pack(groups))
+    assert all(isinstance(p, common.DTensor) for p in model.parameters())
+    assert (got - want).abs().max() < 1e-4
+
+
+if __name__ == "__main__":
+    common.run(lambda: run_all(Path(sys.argv[1])))
