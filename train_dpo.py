@@ -953,11 +953,12 @@ def main(argv=None):
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.open_run(args, len(plan), **depends)
+    out, start = common.open_run(args, len(plan), depends)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
+    evaluated = common.open_logs(out, start, args, depends)
     common.describe_run(model, train, held_out, plan, args, packed)
     # --- end shared ---
     if not begin_file.exists():
