@@ -73,7 +73,8 @@ except ImportError:                                          # Windows: runs are
 def fail(message):
     """Bad input is for the user to fix: one line on stderr, exit code 2, no traceback."""
     time.sleep(2 * bool(rank()))  # mostly all processes fail alike: the first one's line is enough
-    print("error: " + " ".join(str(message).splitlines()), file=sys.stderr)
+    line = " ".join(str(message).splitlines())
+    print(f"error: {line[:900]}{'…' * (len(line) > 900)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -112,7 +113,7 @@ def within(interval, kind=float):
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):
             name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} in {interval}")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not {name} in {interval}")
         return value
     return parse
 
@@ -742,7 +743,7 @@ class Encoder:
         self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
         self.template_rewrites = False  # True once the chat template changed a completion
         self.template_drops = False     # True once it left out text of a prompt
-        self.template_name = "the chat template"
+        self.template_name = f"the chat template in {tokenizer.name_or_path}"
         self.ready = {}                 # (text, control) → ids, see encode_ahead()
         if template_file:
             self.template_name = f"--chat-template {template_file}"
@@ -1736,7 +1737,7 @@ def check_causal(model, what):
     first, *rest = [number % size for number in (1, 2, 3, 4)]
     with failing(f"{what}: it cannot be run on four tokens"):
         logits = model(torch.tensor([[first, *rest], [first, *rest[::-1]]], device=device)).logits
-    if (logits[0, 0] - logits[1, 0]).abs().max() > 1e-3 * logits[0, 0].abs().max() + 1e-3:
+    if (logits[0, 0] - logits[1, 0]).abs().max() > 1e-4 * logits[0, 0].abs().max():
         fail(f"{what}: {type(model).__name__} is not causal (what follows a token changes its "
              "prediction), so it is no language model that could be sampled from.")
 
@@ -2292,7 +2293,7 @@ def check_run(args, names):
         lock(out)
 
 
-HELD = []                            # the open lock file of this process
+HELD = []                            # [(open lock file, its path)] of this process
 
 
 def lock(out):
@@ -2301,7 +2302,8 @@ def lock(out):
     The system frees the lock when the process ends, however it ends, so a stale one is taken over.
     """
     unlock()
-    file = open(out / "lock", "a+", encoding="utf-8")
+    path = Path(out).resolve() / "lock"
+    file = open(path, "a+", encoding="utf-8")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2314,12 +2316,14 @@ def lock(out):
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
-    HELD.append(file)
+    HELD.append((file, path))
 
 
 def unlock():
     while HELD:
-        HELD.pop().close()
+        file, path = HELD.pop()
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def write_beside(file, text):
@@ -2417,22 +2421,23 @@ TRACES = (
     "model.safetensors", "model.safetensors.index.json", "tokenizer.json")
 
 
-def open_run(args, steps, **depends):
-    """The run directory → (its path, updates already done, whether it was evaluated there).
+def open_run(args, steps, depends):
+    """The run directory → (its path, updates already done).
 
     depends: hashes of what the run depends on beside its flags, which --resume compares. A new run
     begins in an empty directory: what an earlier one left is renamed as a whole to NAME-1, NAME-2,
     …
     """
     out = Path(args.output_dir)
-    record = vars(args) | depends | {"threads": torch.get_num_threads()}
     if args.resume:
-        return out, *check_resume(out, steps, record)
+        return out, check_resume(out, steps, run_record(args, depends))
 
     with failing(f"--output-dir {out}: cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
-        if any((out / name).exists() for name in TRACES):
+        begun = {name for name in TRACES if (out / name).exists()}
+        logs = {"args.json", "metrics.jsonl"}                # of a start that failed: all there is
+        if begun and not (begun == logs and not (out / "metrics.jsonl").stat().st_size):
             here = out.resolve()                             # where it is a link, the link stays
             number = 1
             while here.with_name(f"{here.name}-{number}").exists():
@@ -2443,16 +2448,30 @@ def open_run(args, steps, **depends):
             out.mkdir(parents=True, exist_ok=True)
             lock(out)
             (earlier / "lock").unlink()
-        write_beside(out / "metrics.jsonl", "")
-        write_beside(out / "args.json", json.dumps(record, indent=1) + "\n")
-    return out, 0, False
+    return out, 0
 
 
-def check_resume(out, steps, record):
-    """--resume: flags, data and model must be those of the start → (updates done, evaluated there).
+def run_record(args, depends):
+    """What args.json says of a run: its flags and what else its numbers depend on."""
+    return vars(args) | depends | {"threads": torch.get_num_threads()}
+
+
+def open_logs(out, start, args, depends):
+    """args.json and metrics.jsonl, once all is loaded → whether the run was evaluated at `start`.
 
     Lines of metrics.jsonl from after the checkpoint are dropped: their steps will be done again.
     """
+    lines = read_lines(out / "metrics.jsonl") if args.resume else []
+    lines = [line for line in lines if line["step"] <= start]
+    with failing(f"--output-dir {out}: cannot be written"):
+        write_lines(out / "metrics.jsonl", lines)
+        text = json.dumps(run_record(args, depends), indent=1)
+        write_beside(out / "args.json", text + "\n")
+    return any(line["step"] == start and "eval/n" in line for line in lines)
+
+
+def check_resume(out, steps, record):
+    """--resume: flags, data and model must be those of the start → the updates done."""
     done, file = newest_checkpoint(out)
     if file is None:
         fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
@@ -2464,7 +2483,7 @@ def check_resume(out, steps, record):
         before = json.loads((out / "args.json").read_text(encoding="utf-8"))
         if not isinstance(before, dict):
             raise ValueError("args.json is no object")
-        lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] <= done]
+        [line["step"] <= done for line in read_lines(out / "metrics.jsonl")]
 
     record = json.loads(json.dumps(record))
     for name, value in record.items():
@@ -2485,10 +2504,7 @@ def check_resume(out, steps, record):
             fail(f"--resume: the {what} is not what it was at this run's start.")
         else:
             fail(f"--resume: this run began with {what} {before[name]}, not {value}.")
-    with failing(f"--output-dir {out}: cannot be written"):
-        write_lines(out / "metrics.jsonl", lines)
-        write_beside(out / "args.json", json.dumps(record, indent=1) + "\n")
-    return done, any(line["step"] == done and "eval/n" in line for line in lines)
+    return done
 
 
 def save_tensors(tensors, file):
@@ -2582,7 +2598,6 @@ def save_model(out, model, tokenizer, adapter=None):
             os.replace(file, out / file.relative_to(writing))    # config.json last: all is there
         shutil.rmtree(writing)
         unlock()
-        (out / "lock").unlink(missing_ok=True)
 
 
 def catch_signals():

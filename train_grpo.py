@@ -190,7 +190,7 @@ def parse_args(argv=None):
     g.add_argument("--calibrate-length", action="store_true", help="take the length trend stored in a reward model out of its scores")
     g.add_argument("--overlong-penalty", type=natural, default=0, metavar="C", help="penalty 0 … −1 over the last C of --max-new-tokens (0 = none)")
     g = p.add_argument_group("sampling")
-    g.add_argument("--group-size", type=within("[2, inf)", int), default=8, help="completions per prompt; their mean is the baseline")
+    g.add_argument("--group-size", type=within("[2, 1e6]", int), default=8, help="completions per prompt; their mean is the baseline")
     g.add_argument("--max-new-tokens", type=count, default=128, help="longest completion")
     g.add_argument("--temperature", type=within("(0, inf)"), default=1.0, help="of sampling and of every log-prob that is trained on")
     g.add_argument("--top-p", type=within("(0, 1]"), default=1.0, help="sample from the smallest set of tokens with this probability (< 1 is off policy)")
@@ -1127,7 +1127,7 @@ def main(argv=None):
     # --- shared: open the run ---
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.first(common.open_run, args, len(plan), **depends)
+    out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
     common.recompute_layers(model, args)
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
@@ -1136,6 +1136,7 @@ def main(argv=None):
         [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
+    evaluated = common.first(common.open_logs, out, start, args, depends)
     common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
     if reference is not None and reference is not model:

@@ -593,7 +593,7 @@ def main(argv=None):
     # --- shared: open the run ---
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
-    out, start, evaluated = common.first(common.open_run, args, len(plan), **depends)
+    out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
     common.recompute_layers(model, args)
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
@@ -602,6 +602,7 @@ def main(argv=None):
         [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
+    evaluated = common.first(common.open_logs, out, start, args, depends)
     common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
 
