@@ -1,4 +1,4 @@
-"""What the scripts share: only what goes silently wrong when it is written twice.
+"""What the scripts share: whatever must be the same in training, sampling and scoring.
 
 ⓪ processes  torchrun  →  each computes its share of a step, holds its share of the weights
 ① read       rows of any known format  →  groups (text)
@@ -12,7 +12,7 @@
 ⑨ run        flags           →  a run directory that a kill at any moment leaves whole
 
 A GROUP is one prompt with K completions: a pair is a group of two, a ranking a group of K, a
-labelled completion a group of one, GRPO samples a group of G. After the reader all is groups.
+labelled completion a group of one; GRPO samples groups of G. After the reader, all is in groups.
 
 Shapes: R rows of N tokens in a packed batch, K completions in it, T completion tokens in all of
 them, V vocabulary.
@@ -152,7 +152,7 @@ def compute_dtype(device):
 
 
 def progress_bar(total, what, unit):
-    """A bar that leaves no trace; none where `what` is empty or the output is no terminal."""
+    """A bar that is erased at its end; none if `what` is empty or the output is not a terminal."""
     hidden = True if rank() or not what else None
     return tqdm(total=total, desc=what, unit=unit, leave=False, disable=hidden)
 
@@ -574,7 +574,11 @@ def read_prompt(row, where, prefer):
 
 
 class Format(NamedTuple):
-    """A row of FORMATS. To add a format is to add a row: messages and all scripts follow it."""
+    """A row of FORMATS. To add a format is to add a row: messages and all scripts follow it.
+
+    The first row whose columns are all there wins, so a new one goes above every row that would
+    match its data too ("prompt" matches whatever has a prompt or a question).
+    """
     gives: str                      # what its groups are: a script asks for these
     columns: tuple                  # what must be there ("a|b": one of them)
     read: Callable                  # (row, where, prefer) → Group, or why the row is dropped
@@ -670,10 +674,11 @@ def read_groups(source, usable, split="train", columns=(), limit=0, prefer="bett
             fits.append(name)
     taken = [name for name in fits if name in usable]
     if not taken:
-        needs = [" + ".join(FORMATS[name].columns).replace("|", " or ") for name in usable]
+        needs = [" + ".join(FORMATS[name].columns).replace("|", "/") for name in usable]
         problem = "fit no format"
         if fits:
-            problem = f"are rows of format '{fits[0]}', which this script cannot use{why}"
+            names = " or ".join(f"'{name}'" for name in fits)
+            problem = f"are rows of format {names}, which cannot be used here{why}"
         fail(f"{source}: its columns ({', '.join(rows[0][1])}) {problem}; needed are "
              f"{'; or '.join(needs)}. --columns NEW=OLD renames.")
 
@@ -1556,7 +1561,7 @@ def token_logps(model, batch, temperature=1.0):
     is there anyway, and a batch of one chunk recomputes nothing.
     """
     batch = batch.to(next(model.parameters()).device)
-    if batch.tree is None:  # padded: for models that are known only from outside
+    if batch.tree is None:  # padded: the model's own forward, which every causal LM has
         mask = attention_mask(batch, model.config)
         logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.read].float() / temperature

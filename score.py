@@ -53,9 +53,10 @@ value, where Mudgal et al. 2023 learn that value.
 # 4. Rejection sampling (Liu et al. 2023, arXiv 2309.06657, algorithm 1). Keep y ~ π_ref with
 #    probability
 #
-#        exp( ( r(x, y) − max_y' r(x, y') ) / β ),   kept ones follow π_ref(y|x) e^{r(x,y)/β} / Z(x)
-#                                                                                              (5)
-#    which is the optimum that DPO aims at. As in the paper the maximum is that of the prompt's N
+#        exp( ( r(x, y) − max_y' r(x, y') ) / β )                                              (5)
+#
+#    If the maximum is over all y', those kept follow π_ref(y|x) e^{r(x,y)/β} / Z(x), the optimum
+#    that DPO aims at. As in the paper the maximum is that of the prompt's N
 #    samples, so the best of them is always kept. The paper goes on in rounds until M are kept, each
 #    round over the samples that are left, with their maximum (--rso-keep M); M = N keeps all,
 #    whatever β. In one round what is kept has, up to a constant, the density
@@ -206,7 +207,8 @@ def check_flags(args, error):
     if args.num_beams and args.samples > 1:
         error("--num-beams gives one completion a prompt: drop it or --samples")
     if args.temperature == 0 and sampling:
-        error("--temperature 0 gives always the same: drop it, or --samples and --num-beams")
+        error("--temperature 0 always gives the same completion: drop it, or --samples and "
+              "--num-beams")
 
     if args.policy and len(args.dataset) > 1:
         error("--policy completes the prompts of one --dataset")
@@ -277,7 +279,7 @@ def sigmoid(z):
     return 1 / (1 + math.exp(-z)) if z > -700 else 0.0
 
 
-def gather(items, labels):
+def group_by(items, labels):
     """{label: [items with it]}, in order of appearance."""
     parts = {}
     for item, label in zip(items, labels):
@@ -453,13 +455,13 @@ def number_rows(groups):
 
 def by_group(table):
     """[[the completions of one group], …]: of a pair two, of a policy --samples."""
-    groups = gather(table, [id(c.group) for c in table])
+    groups = group_by(table, [id(c.group) for c in table])
     return list(groups.values())
 
 
 def by_key(table):
     """{(prompt, number): the completions of that row, of all systems}"""
-    return gather(table, [c.key for c in table])
+    return group_by(table, [c.key for c in table])
 
 
 def align(systems, table):
@@ -711,7 +713,7 @@ def guided(policy, encoder, prompts, scorer, args, autocast):
             pool[i, *longer.ids] = longer
 
         # The highest rewards stay; where the scorer has no room for the prompt all are alike.
-        parts = gather(pool.values(), [key[0] for key in pool])          # {i: [Sample]}
+        parts = group_by(pool.values(), [key[0] for key in pool])          # {i: [Sample]}
         groups = [completed(prompts[i], samples, encoder) for i, samples in parts.items()]
         account = Account("beams", "policy", len(groups))
         views = read_as(scorer, groups, account, args.max_length, "truncate")
@@ -872,7 +874,7 @@ def untrained_series(table, args, device, autocast):
         fail(f"--untrained {args.untrained} has no room for any of these rows.")
     kept = [c for c in table if id(c.group) in views]
     values = scorer.measure(list(views.values()), args, autocast).tolist()
-    return gather(values, [c.shown_as for c in kept])
+    return group_by(values, [c.shown_as for c in kept])
 
 
 # --- report ---------------------------------------------------------------------------------------
@@ -986,7 +988,7 @@ def report(systems, table, args):
         fail("the systems have no prompt in common.")
 
     first = by_key([c for c in met if c.system is systems[0]])
-    parts = gather(met, [c.shown_as for c in met])
+    parts = group_by(met, [c.shown_as for c in met])
 
     scores = {}
     for name, part in parts.items():
@@ -1036,7 +1038,7 @@ def report_accuracy(pairs, seed):
     print(accuracy(pairs, seed))
 
     longer = [win(a.length, b.length) for a, b in pairs]
-    parts = gather(pairs, longer)
+    parts = group_by(pairs, longer)
     if 1 in parts:
         print(f"  where the better is the longer: {accuracy(parts[1], seed)}")
     if 0 in parts:
@@ -1054,7 +1056,7 @@ def report_accuracy(pairs, seed):
 
 def report_by(column, table, seed):
     """The result for each value of a column."""
-    parts = gather(table, [str(c.group.row[column]) for c in table])
+    parts = group_by(table, [str(c.group.row[column]) for c in table])
     for value, part in sorted(parts.items()):
         pairs = ranked_pairs(part)
         scores = [c.score for c in part]
@@ -1087,10 +1089,9 @@ def report_best_of_n(groups, seed):
 # --- write: data ----------------------------------------------------------------------------------
 
 # Columns that hold prompt, completions and scores in a format's own way; all others are kept.
-TAKEN = {
-    "prompt", "question", "chosen", "rejected", "completion", "response", "completions",
-    "responses", "scores", "score", "p_chosen", "spread", "response_0", "response_1",
-    "better_response_id", "safer_response_id", "score_chosen", "score_rejected"}
+READ = {name for row in FORMATS.values() for names in row.columns for name in names.split("|")}
+WRITTEN = {"score", "score_chosen", "score_rejected", "p_chosen", "spread"}
+TAKEN = READ - {"answer", "label", "ranks"} | WRITTEN
 
 
 def row_of(group, said, scores):

@@ -4,8 +4,8 @@
     python train_dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --lr 1e-6 \\
         --dataset trl-lib/ultrafeedback_binarized
 
-With no flags it trains the toy of tests/toy (sums) and ends with the fraction of correct samples on
-sums that it never saw: from about 45 % to about 90 %. Before the first step the loss is
+With no flags it trains the toy of tests/toy (sums); the fraction of correct samples on sums that it
+never saw goes from about 50 % to about 90 %. Before the first step the loss is
 0.6931 = log 2, whatever the model and the data.
 
 Differs from the paper (Rafailov et al. 2023, arXiv 2305.18290) in: nothing that changes the loss.
@@ -184,7 +184,7 @@ def parse_args(argv=None):
     g.add_argument("--loss", choices=LOSSES, default="dpo", help="; ".join(losses))
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
     g.add_argument("--eval-samples", type=natural, default=256, help="held-out prompts to sample for at each evaluation")
-    g = p.add_argument_group("of single losses; the defaults stand in LOSSES")
+    g = p.add_argument_group("read by some losses only; their defaults are in LOSSES")
     positive = within("(0, inf)")
     weight = within("[0, inf)")
     g.add_argument("--beta", type=positive, help="price of leaving the reference (1): larger stays closer")
@@ -481,8 +481,8 @@ class Loss(NamedTuple):
     shift: str = ""           # x.shift is a "running" mean, or of "mismatched" completions
 
 
-FREE = {"beta": 0.1, "sft_coef": 0.0}                    # without a reference
-PAIRED = FREE | {"ref_model": None}
+REF_FREE = {"beta": 0.1, "sft_coef": 0.0}
+PAIRED = REF_FREE | {"ref_model": None}
 NOISY = PAIRED | {"label_smoothing": 0.0}                # reads p, also of the column p_chosen
 REWARDED = PAIRED | {"reward_model": None, "reward_temperature": 1.0}
 WEIGHTS = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
@@ -506,9 +506,9 @@ LOSSES = {
     "kto": Loss(
         kto, WEIGHTS | {"beta": 0.1, "ref_model": None}, gives=("label", "pair"),
         per="completion", shift="mismatched"),
-    "simpo": Loss(simpo, FREE | {"beta": 2.0, "gamma": 1.0}, reference=False),
+    "simpo": Loss(simpo, REF_FREE | {"beta": 2.0, "gamma": 1.0}, reference=False),
     "orpo": Loss(orpo, {"beta": 0.1}, reference=False),
-    "cpo": Loss(cpo, FREE | {"sft_coef": 1.0}, reference=False),
+    "cpo": Loss(cpo, REF_FREE | {"sft_coef": 1.0}, reference=False),
     "slic": Loss(slic, {"gamma": 1.0, "sft_coef": 0.1}, reference=False),
     "sft": Loss(sft, {}, gives=("pair", "label", "response"), per="token", reference=False),
 }
@@ -610,7 +610,8 @@ def prepare(groups, account, args, device=None):
     if "reward_model" in loss.flags:
         label_by_reward(groups, args, device)
     elif soft and "label_smoothing" not in loss.flags:
-        print(f"  --loss {args.loss} does not read the column p_chosen of {len(soft):,} rows")
+        print(f"  --loss {args.loss} reads the column p_chosen of {len(soft):,} rows only to see "
+              "which completion is the better one")
     elif args.loss == "robust" and any(g.p_chosen == 0.5 for g in soft):
         fail(f"{account.source}: --loss robust divides by 2 p_chosen − 1, which is 0 in a row.")
 
@@ -770,22 +771,23 @@ def change(groups, now, start):
     return result
 
 
-def evaluate(model, encoder, groups, start, shift, args, packed, autocast, show=0, moved=True):
+def evaluate(
+        model, encoder, groups, at_start, shift, args, packed, autocast, show=0, moved=True):
     """Exact means over all held-out groups (never a mean of batch means), and samples.
 
-    start: what reference_logps() gives. moved: False at step 0, where the KL is 0.
+    at_start: what reference_logps() gives. moved: False at step 0, where the KL is 0.
     """
     tokens = for_all(
         token_logps, model, groups, args.micro_batch_tokens, packed, autocast, "evaluate")
     lengths = torch.tensor([len(ids) for g in groups for ids in g.completion_ids])
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     logps = common.sum_by(tokens, owner, len(lengths))
-    sums = micro_loss(logps, start["logps"], shift, groups, args)[1]
+    sums = micro_loss(logps, at_start["logps"], shift, groups, args)[1]
     result = means(sums, groups, args) | {"n": len(groups)}
-    result |= change(groups, tokens, start["tokens"])
+    result |= change(groups, tokens, at_start["tokens"])
     pairs = compare(groups)
     if len(pairs.better):                                # pairs of one prompt: not independent
-        ratio = logps - start["logps"][[i for g in groups for i in g.index]]
+        ratio = logps - at_start["logps"][[i for g in groups for i in g.index]]
         margin = (args.beta or 1.0) * (ratio[pairs.better] - ratio[pairs.worse])
         cluster = common.number_prompts(groups)[pairs.prompt]
         right = common.proportion(outcome(margin, args), cluster, pairs.weight)
@@ -971,19 +973,19 @@ def main(argv=None):
     measured = [every[i] for i in used] + [others[i] for i in used if others]
 
     # The reference is measured before the policy is loaded, or is the policy: never two in memory.
-    begin = None
+    at_start = None
     depends = {}                                         # what this run depends on, for --resume
     if args.ref_model:
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
         reference = common.load_model(args.ref_model, encoder, device, "--ref-model")
-        begin, begin_file = reference_logps(reference, measured, held_out, args, autocast)
+        at_start, file = reference_logps(reference, measured, held_out, args, autocast)
         depends["reference_sha256"] = common.model_fingerprint(reference)
         del reference
     model = common.load_model(args.model, encoder, device)
     packed = common.can_pack(model, train)
-    if begin is None:
-        begin, begin_file = reference_logps(model, measured, held_out, args, autocast)
+    if at_start is None:
+        at_start, file = reference_logps(model, measured, held_out, args, autocast)
 
     # --- shared: open the run ---
     depends["data_sha256"] = common.data_fingerprint(train + held_out)
@@ -1000,9 +1002,9 @@ def main(argv=None):
     evaluated = common.first(common.open_logs, out, start, args, depends)
     common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
-    if common.first(lambda: not begin_file.exists()):
-        common.save_tensors(begin, begin_file)
-    ref_logps = begin["logps"]
+    if common.first(lambda: not file.exists()):
+        common.save_tensors(at_start, file)
+    ref_logps = at_start["logps"]
 
     def baseline(groups):
         """x.shift: of the log-ratios of these groups, in nats."""
@@ -1018,7 +1020,8 @@ def main(argv=None):
         """Evaluates after `step` updates, for metrics.jsonl and the terminal."""
         shift = baseline(held_out)
         result = evaluate(
-            model, encoder, held_out, begin, shift, args, packed, autocast, show, moved=step > 0)
+            model, encoder, held_out, at_start, shift, args, packed, autocast, show,
+            moved=step > 0)
         log(out, step, result)
         expected = None                                  # the loss where π = π_ref
         if step == 0 and loss.reference and not args.ref_model:

@@ -612,7 +612,10 @@ def main(argv=None):
             reward_scores, model, groups, args.micro_batch_tokens, packed, autocast, what)
 
     def look(step, show=0):
-        """Evaluates after `step` updates, for metrics.jsonl and the terminal; nothing to show."""
+        """Evaluates after `step` updates, for metrics.jsonl and the terminal.
+
+        show: as in the other trainers, whose shared blocks pass it; here there are no samples.
+        """
         scores = score_all(held_out, "evaluate")
         result = evaluate(held_out, scores, args)
         log(out, step, result)

@@ -51,3 +51,4 @@ def test_readme_names_only_flags_and_files_that_exist():
     for file in re.findall(r"`((?:tests/)?[a-z_/]+\.(?:py|jsonl|txt))`", readme):
         assert (ROOT / file).exists() or (ROOT / "tests/toy" / file).exists() or file in made, file
     assert "@" not in re.sub(r"pass@\w", "", readme)         # no placeholder left
+    assert not re.findall(r"RECIPE\d|[A-Z]_RESULTS|\| \? \|", readme)
