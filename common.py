@@ -287,8 +287,8 @@ class Account:
             line += f"\n  {self.looks_special:,} rows hold text that looks like a special token"
             line += "; it is encoded as ordinary text"
         if self.conflicts:
-            line += f"\n  {self.conflicts:,} completions are chosen in one row and rejected in another"
-            line += " of the same prompt"
+            line += f"\n  {self.conflicts:,} completions are chosen in one row and rejected in "
+            line += "another of the same prompt"
         if self.template_rewrites:
             line += "\n  the chat template rewrites some completions (trims or moves text)"
             line += "; what it writes is used"

@@ -308,7 +308,10 @@ def redraw(rows, clusters, seed=0, rounds=2000):
 
 def middle_95(draws):
     """95 % percentile interval of bootstrapped values: (rounds,)"""
-    return tuple(draws[~draws.isnan()].quantile(tensor([0.025, 0.975])).tolist())
+    draws = draws[~draws.isnan()]                            # a correlation of equal rows is none
+    if len(draws) == 0:
+        return math.nan, math.nan
+    return tuple(draws.quantile(tensor([0.025, 0.975])).tolist())
 
 
 def bootstrap(values, clusters, seed=0, rounds=2000):
@@ -910,8 +913,9 @@ def report_unusual(scorer, values):
     z = (tensor(values) - config.reward_mean) / config.reward_std                # (N,)
     far = (z.abs() > 3).sum().item()
     share = 100 * far / len(z)
-    line = (f"{scorer.name}: {share:.1f} % of {len(z):,} scores lie more than 3 standard deviations "
-            f"from those of its training completions, from {z.min():+.1f} to {z.max():+.1f}")
+    line = (f"{scorer.name}: {share:.1f} % of {len(z):,} scores lie more than 3 standard "
+            "deviations from those of its training completions, from "
+            f"{z.min():+.1f} to {z.max():+.1f}")
     if share > 5:
         line += ": these are unlike what it was trained on, do not trust it here"
     print(line)
@@ -1165,8 +1169,9 @@ def accept(groups, args):
         kept.append([siblings[i] for i in indices])
     samples = sum(map(len, groups))
     alone = sum(len(siblings) == 1 for siblings in kept)
-    print(f"rejection sampling at β {beta_of(args):g}: {100 * sum(map(len, kept)) / samples:.1f} % of "
-          f"{samples:,} samples accepted, {alone} of {len(kept)} prompts keep the best one only")
+    share = 100 * sum(map(len, kept)) / samples
+    print(f"rejection sampling at β {beta_of(args):g}: {share:.1f} % of {samples:,} samples "
+          f"accepted, {alone} of {len(kept)} prompts keep the best one only")
     return kept
 
 

@@ -18,9 +18,9 @@ first step's ratio is exactly 1, its KL exactly 0.
               with β = 0 nothing is computed for them. They stay in every denominator, unless
               --dynamic-sampling replaces them
 Differs from the paper in: the KL is k3 · ρ, which descends the KL of the objective, where the
-paper's k3 (`--kl k3`) descends the opposite one, and less reward is found; π_ref stays the starting
-policy, which algorithm 1 there renews in each iteration, as it does the reward model; and in the
-+ 1e-4. One update per batch is the paper's.
+paper's k3 (`--kl k3`) descends the opposite one; π_ref stays the starting policy, which algorithm 1
+there renews in each iteration, as it does the reward model; and in the + 1e-4. One update per batch
+is the paper's.
 A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs here unchanged.
 """
 # --- derivation -----------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs he
 #        dr-grpo        1/(N L)      no length bias
 #        rloo           1/N          on the ratio Π_t ρ_t, and on the sum of the tokens' KL
 #
-#    These defaults are ours: rloo's clip and its k3 in the loss (Ahmadian et al. 2024 have neither:
+#    These defaults are ours: rloo's clip and its KL in the loss (Ahmadian et al. 2024 have neither:
 #    --kl reward is theirs); cispo's cap 1 + 4 (the paper does not disclose its own; in trl,
 #    epsilon_high = 5 is the cap itself).
 #
@@ -910,7 +910,7 @@ def unusual(rollout, rewards):
 
 def describe(rollout, rewards, args):
     """Metrics of a step's samples: rewards, lengths, repetition, time."""
-    r = rollout.by_prompt(rollout.reward)                                        # (P, G)
+    r = rollout.by_prompt(counted_reward(rollout, args))                         # (P, G)
     lengths = rollout.lengths.double()                                           # (N,)
     repeated = []
     for p in range(len(rollout.groups)):
@@ -985,7 +985,8 @@ def evaluate(model, encoder, groups, rewards, args, autocast, show=0):
         cluster = [p for p, n in zip(prompts, judged) if n >= k]
         estimates = [pass_at_k(n, c, k) for n, c in zip(judged, correct) if n >= k]
         if estimates and binary:
-            solved = common.proportion(torch.tensor(estimates), torch.tensor(cluster))
+            values = torch.tensor(estimates, dtype=torch.float64)
+            solved = common.proportion(values, torch.tensor(cluster))
             result[f"pass@{k}"] = solved.mean
             result[f"pass@{k}_se"] = solved.half
 

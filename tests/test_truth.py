@@ -455,6 +455,8 @@ def test_c_pointwise_is_the_cross_entropy_and_auc_that_of_all_pairs(smoothing):
     loss, sums = train_rm.micro_loss(r, groups, args)
     p = torch.tensor([1 - smoothing if x else smoothing for x in labels]).double()
     assert loss.item() == pytest.approx(torch.nn.functional.binary_cross_entropy_with_logits(r, p, reduction="sum").item())
+    far = train_rm.micro_loss(1e4 * r, groups, args)[0]
+    assert math.isfinite(far)
     result = train_rm.evaluate(groups, r, args)
     good = [x.item() for x, label in zip(r, labels) if label]
     bad = [x.item() for x, label in zip(r, labels) if not label]
