@@ -292,6 +292,11 @@ def correlation(xs, ys):
     return torch.corrcoef(tensor([xs, ys]))[0, 1].item() if len(xs) > 1 else math.nan
 
 
+def shown(r):
+    """A correlation for the terminal."""
+    return "–" if math.isnan(r) else f"{r:.2f}"
+
+
 def best_of_n(scores, n, values):
     """(3): unbiased E[value of the best of n] from N ≥ n samples. values: of each sample, its score
     or whatever else it is worth."""
@@ -792,11 +797,11 @@ def summary(part, args):
     lengths = [c.length for c in part]
     line = (f"{with_interval(scores, part, args.seed)} ± {std(scores):.3f} over {len(part):,} "
             f"completions of {mean(lengths):.1f} tokens, correlation of score with length "
-            f"{correlation(scores, lengths):.2f}")
+            f"{shown(correlation(scores, lengths))}")
     if args.calibrate_length:
         plain = [c.plain for c in part]
         line += (f"; before --calibrate-length {mean(plain):.3f}, correlation with length "
-                 f"{correlation(plain, lengths):.2f}")
+                 f"{shown(correlation(plain, lengths))}")
     return line
 
 
@@ -1137,7 +1142,8 @@ def plot_scores(file, series):
     axes.hist(list(series.values()), bins=40, histtype="stepfilled", alpha=0.5, label=labels)
     axes.set(xlabel="reward", ylabel="completions")
     axes.legend()
-    figure.savefig(file, dpi=150)
+    with common.renamed(Path(file).resolve()) as writing:
+        figure.savefig(writing, dpi=150, format=Path(file).suffix[1:])
     print(f"{file}: histogram")
 
 
@@ -1205,7 +1211,8 @@ def plot_curves(file, runs, names):
             axis.plot(*zip(*points), marker="o" if len(points) < 5 else None, label=run)
 
     axes.flat[0].legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+    with common.renamed(Path(file).resolve()) as writing:
+        figure.savefig(writing, dpi=110, format=Path(file).suffix[1:])
     print(f"{file}: curves of {len(names)} metrics")
 
 
