@@ -1739,9 +1739,9 @@ def check_causal(model, what):
     """No token may see a later one: AutoModelForCausalLM also loads a BERT, which sees them all."""
     device = next(model.parameters()).device
     size = model.get_input_embeddings().weight.shape[0]
-    first, *rest = [number % size for number in (1, 2, 3, 4)]
+    ids = torch.tensor([[1, 2, 3, 4], [1, 5, 6, 7]], device=device) % size
     with failing(f"{what}: it cannot be run on four tokens"):
-        logits = model(torch.tensor([[first, *rest], [first, *rest[::-1]]], device=device)).logits
+        logits = model(ids).logits
     if (logits[0, 0] - logits[1, 0]).abs().max() > 1e-4 * logits[0, 0].abs().max():
         fail(f"{what}: {type(model).__name__} is not causal (what follows a token changes its "
              "prediction), so it is no language model that could be sampled from.")
@@ -2438,19 +2438,19 @@ def open_run(args, steps, depends):
         return out, check_resume(out, steps, run_record(args, depends))
 
     with failing(f"--output-dir {out}: cannot be written"):
-        out.mkdir(parents=True, exist_ok=True)
+        here = out.resolve()                                 # where it is a link, the link stays
+        here.mkdir(parents=True, exist_ok=True)
         lock(out)
         begun = {name for name in TRACES if (out / name).exists()}
         logs = {"args.json", "metrics.jsonl"}                # of a start that failed: all there is
         if begun and not (begun == logs and not (out / "metrics.jsonl").stat().st_size):
-            here = out.resolve()                             # where it is a link, the link stays
             number = 1
             while here.with_name(f"{here.name}-{number}").exists():
                 number += 1
             earlier = here.with_name(f"{here.name}-{number}")
             os.replace(here, earlier)
             print(f"{out}: an earlier run was here; it is kept as {earlier}")
-            out.mkdir(parents=True, exist_ok=True)
+            here.mkdir(exist_ok=True)
             lock(out)
             (earlier / "lock").unlink()
     return out, 0

@@ -340,6 +340,11 @@ def correlation(xs, ys):
     return torch.corrcoef(tensor([xs, ys]))[0, 1].item() if len(xs) > 1 else math.nan
 
 
+def shown(r):
+    """A correlation for the terminal."""
+    return "–" if math.isnan(r) else f"{r:.2f}"
+
+
 def best_of_n(scores, n, values):
     """(3): unbiased E[value of the best of n] from N ≥ n samples. values: of each sample, its score
     or whatever else it is worth."""
@@ -1314,7 +1319,8 @@ def plot_scores(file, panels):
             density=density)
         axis.set(xlabel="reward", ylabel="density" if density else "completions", title=title)
         axis.legend()
-    figure.savefig(file, dpi=150)
+    with common.renamed(Path(file).resolve()) as writing:
+        figure.savefig(writing, dpi=150, format=Path(file).suffix[1:])
     print(f"{file}: histogram")
 
 
@@ -1394,7 +1400,8 @@ def plot_curves(file, runs, names):
             axis.plot(*zip(*points), marker="o" if len(points) < 5 else None, label=run)
 
     axes.flat[0].legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+    with common.renamed(Path(file).resolve()) as writing:
+        figure.savefig(writing, dpi=110, format=Path(file).suffix[1:])
     print(f"{file}: curves of {len(names)} metrics")
 
 

@@ -124,7 +124,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Callable, NamedTuple, SupportsFloat
+from typing import Callable, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -693,10 +693,14 @@ def checked(values, texts, what):
         raise RewardError(f"{what}: it returned {count} values for {len(texts)} completions.")
     numbers = []
     for value, text in zip(values, texts):
-        if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError, OverflowError):       # no number, or 10 ** 400
+            number = math.inf
+        if isinstance(value, str) or value is not None and not math.isfinite(number):
             raise RewardError(f"{what}: its reward is {value!r:.60} for the completion "
                               f"{text[:60]!r}, not a finite number and not None.")
-        numbers.append(math.nan if value is None else float(value))
+        numbers.append(number)
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -1228,6 +1232,7 @@ def main(argv=None):
     bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=quiet)
     # --- end shared ---
     alarmed = set()                  # reward models that were said to be out of their depth
+    idle = 0                         # steps in which no reward could teach anything
     recent = []                      # rows of completions.jsonl: the last eight steps
     if start and (out / "completions.jsonl").is_file():
         with common.failing(f"--resume: {out / 'completions.jsonl'} cannot be read"):
@@ -1249,6 +1254,10 @@ def main(argv=None):
                 alarmed.add(name)
                 tqdm.write(f"step {step + 1}: more than 5 % of the scores of {name} lie 3 standard "
                            "deviations from those of its training: do not trust it here")
+        idle += metrics["frac_reward_zero_std"] == 1
+        if idle == 1 and metrics["frac_reward_zero_std"] == 1:
+            tqdm.write(f"step {step + 1}: no group has two different rewards, so there is nothing "
+                       "to learn from it (said once)")
 
         # Learn from it: --updates-per-batch passes over --minibatches disjoint parts.
         if rollout.groups:
@@ -1298,6 +1307,8 @@ def main(argv=None):
         # --- end shared ---
 
     # --- save
+    if idle and idle == len(plan) - start:
+        print("note: in no step a group had two different rewards: nothing was learnt from them")
     for row in recent[-3:]:
         print(sample_line(row["prompt"], row["completions"], row["advantages"]))
     common.save_model(out, model, encoder.tokenizer, adapter)

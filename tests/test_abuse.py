@@ -367,7 +367,7 @@ TABLE = [
     *saved(("--output|X/good.jsonl", "--dataset|overlap"), ("--output|X/hard.jsonl", "--dataset|overlap"), ("--pairs|X/soft.jsonl", "--dataset|overlap"), ("--tokens|X/nofolder/../good.jsonl", "overlap"),
            ("--output|X/rm/config.json", "--reward-model|overlap"), ("--output|X/hardconfig.jsonl", "--reward-model|overlap"), ("--tokens|X/softconfig.jsonl", "overlap"),
            ("--output|X/rm/new.jsonl", "--reward-model|overlap"), ("--output|X/a.jsonl|--pairs|X/a.jsonl", "different"), ("--output|X/a.jsonl|--tokens|X/nofolder/../a.jsonl", "different"),
-           ("--output|X/nofolder", "--output"), ("--columns|prompt=chosen", "'prompt' already"), ("--split|test", "--split"), ("--prefer|safer", "--prefer")),
+           ("--output|X/nofolder", "--output"), ("--output|/dev/full", "No space"), ("--tokens|/dev/full", "No space"), ("--columns|prompt=chosen", "'prompt' already"), ("--split|test", "--split"), ("--prefer|safer", "--prefer")),
     ("score", ["--dataset", "X/responses.jsonl", "X/otherprompt.jsonl", "--reward-model", "X/rm"], ["no prompt in common"]), ("score", ["--dataset", "X/two", "--plot", "X/a.png"], ["metrics.jsonl"]),
     ("score", ["--dataset", "X/run", "X/nofolder"], ["metrics.jsonl"]), ("score", ["--reward-model", "X/m-nan"], ["not a reward model"]), ("score", ["--policy", "X/m-nan", "--reward-model", "X/rm"], ["NaN"]),
     # what a run goes on from
@@ -407,3 +407,312 @@ def test_the_table(row, world):
 
 def test_there_are_enough_cases():
     assert len(TABLE) >= 150
+
+
+# --- what is accepted, and said ---------------------------------------------------------------------------------------
+
+def out_of(world, script, *flags, code=0):
+    """A run in a folder of its own → its stdout."""
+    given, out, err = end(world, script, [*SMALL[script], "--eval-samples", "0", *flags] if script == "dpo" else [*SMALL[script], *flags])
+    assert given == code and not err, err
+    return out
+
+
+def test_what_is_said_where_it_was_silent(world, tmp_path):
+    def said(script, *flags):
+        text = out_of(world, script, "--output-dir", str(tmp_path / "o"), *flags)
+        shutil.rmtree(tmp_path / "o")
+        return text
+    assert "the first 5 of 12 rows" in said("dpo", "--dataset", "X/good.jsonl", "--limit", "5")
+    rows = (world / "speaker.jsonl").read_text()
+    (tmp_path / "speaker.jsonl").write_text(rows + rows.replace("1+1", "2+2"))
+    assert "leaves out" in said("dpo", "--dataset", str(tmp_path / "speaker.jsonl"), "--chat-template", "X/nosystem.jinja")
+    assert "nothing was learnt" in said("grpo", "--dataset", "X/answers.jsonl", "--reward", "X/same.py:right", "--beta", "0", "--eval-fraction", "0")
+    assert "nothing was learnt" in said("grpo", "--dataset", "X/answers.jsonl", "--reward", "X/nobodys.py:right", "--beta", "0", "--eval-fraction", "0")
+    (tmp_path / "p.jsonl").write_text(with_row(ROW, p_chosen=0.1, prompt="other", answer=3.0))
+    assert "p_chosen below 1/2" in said("dpo", "--loss", "sft", "--dataset", str(tmp_path / "p.jsonl"))
+    groups = common.read_groups(str(tmp_path / "p.jsonl"), ["pair"])[0]
+    common.read_soft_labels(groups, 0)
+    assert groups[-1].completions == ["3", "2"] and str(groups[-1].row["answer"]) == "3"     # --loss sft keeps the first
+
+
+def test_one_row_prints_no_nan(world):
+    (world / "one.jsonl").write_text(lines(ROW))
+    code, out, err = end(world, "score", ["--dataset", "X/one.jsonl", "--reward-model", "X/rm"])
+    (world / "one.jsonl").unlink()
+    assert code == 0 and not err and "nan" not in out
+
+
+def test_an_answer_of_many_megabytes_is_dropped_without_being_encoded(world, tmp_path):
+    (tmp_path / "big.jsonl").write_text(PAIRS + lines(ROW | {"prompt": "big", "chosen": "2" * 20_000_000}))
+    began = time.process_time()
+    said = out_of(world, "dpo", "--dataset", str(tmp_path / "big.jsonl"), "--output-dir", str(tmp_path / "o"))
+    assert "1 over --max-length 512" in said and time.process_time() - began < 5
+
+
+def test_state_space_models_train_and_their_sampling_is_refused(world, tmp_path):
+    flags = [*SHORT, "--dataset", "X/good.jsonl", "--model", "X/m-mamba", "--output-dir", str(tmp_path / "o")]
+    code, _, err = end(world, "dpo", flags)
+    assert code == 2 and "--eval-samples 0" in err.splitlines()[-1]
+    assert end(world, "dpo", [*flags, "--eval-samples", "0"])[0] == 0
+
+
+# --- work is not lost -------------------------------------------------------------------------------------------------
+
+def contents(folder):
+    """{name: bytes} of what counts in a run directory."""
+    found = {}
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file() and file.name != "lock" and ".writing" not in str(file):
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+def test_nothing_that_was_there_is_lost_however_often_a_start_fails(world, tmp_path):
+    out = tmp_path / "o"
+    shutil.copytree(TOY / "model", out)                      # a model without args.json
+    model = contents(out)
+    flags = [*SMALL["grpo"], "--dataset", "X/answers.jsonl", "--output-dir", str(out), "--reward"]
+    for _ in range(3):                                       # each fails at its first sample, after the rename
+        assert end(world, "grpo", [*flags, "X/fails.py:right"])[0] == 2
+    assert contents(tmp_path / "o-1") == model and not (tmp_path / "o-2").exists()
+    assert end(world, "grpo", [*flags, "X/good.py:right"])[0] == 0
+    done = contents(out)
+    assert end(world, "grpo", [*flags, "X/fails.py:right"])[0] == 2
+    assert contents(tmp_path / "o-2") == done and contents(tmp_path / "o-1") == model and not (out / "lock").exists()
+
+
+def test_a_link_to_another_disk_stays_a_link(world, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "disk")
+    flags = ["--dataset", "X/good.jsonl", "--output-dir", str(tmp_path / "o")]
+    out_of(world, "dpo", *flags)
+    first = contents(tmp_path / "disk")
+    out_of(world, "dpo", *flags)
+    assert (tmp_path / "o").is_symlink() and contents(tmp_path / "disk-1") == first and contents(tmp_path / "disk").keys() == first.keys()
+
+
+def test_a_stale_lock_is_taken_over(world, tmp_path):
+    (tmp_path / "lock").write_text("4194304\n")
+    out_of(world, "dpo", "--dataset", "X/good.jsonl", "--output-dir", str(tmp_path))
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "lock").exists()
+
+
+OPERATIONS = [(os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir"), (common, "save_file"), (Path, "write_text"), (Path, "unlink"), (Path, "mkdir"), (Path, "rmdir")]
+
+
+@contextlib.contextmanager
+def at_every_file_operation(folder, action):
+    """action(number, name) before every operation that changes something in a folder."""
+    count = []
+
+    def wrap(name, real):
+        def operation(*args, **options):
+            if any(str(arg).startswith(str(folder)) for arg in args if isinstance(arg, (str, Path))):
+                count.append(name)
+                action(len(count), name)
+            return real(*args, **options)
+        return operation
+
+    def opening(file, mode="r", *args, real=open, **options):
+        if str(file).startswith(str(folder)) and set(mode) & set("wa+x"):
+            count.append("open")
+            action(len(count), "open")
+        return real(file, mode, *args, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in OPERATIONS:
+            patch.setattr(owner, name, wrap(name, getattr(owner, name)))
+        patch.setattr("builtins.open", opening)
+        yield count
+
+
+@pytest.mark.parametrize("script", ["dpo", "grpo"])
+def test_a_kill_or_a_full_disk_at_any_file_operation_leaves_what_can_be_gone_on_from(script, world, tmp_path):
+    own = {"dpo": ["--eval-samples", "0"], "grpo": ["--group-size", "2", "--max-new-tokens", "2", "--reward", "X/good.py:right", "--beta", "0"]}
+    flags = ["--limit", "6", "--batch-size", "3", "--max-steps", "2", "--save-every", "1", "--eval-fraction", "0", *own[script],
+             "--dataset", "X/good.jsonl", "--output-dir"]
+    out = tmp_path / "o"
+    states = {}                                              # what a kill leaves: contents → a copy of the folder
+
+    def copy(number, name):
+        if out.exists() and contents(out) not in [contents(kept) for kept in states.values()]:
+            states[number] = tmp_path / f"killed-{number}"
+            subprocess.run(["cp", "-r", out, states[number]], check=True)      # not by what is watched
+    with at_every_file_operation(out, copy) as operations:
+        assert end(world, script, [*flags, str(out)])[0] == 0
+    straight = contents(out)
+    assert len(operations) > 20
+
+    # A kill just before any of them: the same bits in the end.
+    for state in states.values():
+        resume = ["--resume"] if list(state.glob("checkpoint/step-*.safetensors")) else []
+        code, _, err = end(world, script, [*flags, str(state), *resume])
+        assert code == 0, err
+        for name in ("model.safetensors", "config.json", "completions.jsonl", "checkpoint/step-2.safetensors"):
+            assert contents(state).get(name) == straight.get(name), (state, name)
+        steps = [json.loads(line)["step"] for line in (state / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2]
+
+    # A disk that is full at any of them: one line, and whole files.
+    for number in range(1, len(operations) + 1):
+        shutil.rmtree(out)
+
+        def full(now, name):
+            if now == number:
+                raise OSError(28, "No space left on device")
+        with at_every_file_operation(out, full):
+            code, _, err = end(world, script, [*flags, str(out)])
+        out.mkdir(exist_ok=True)
+        if code:                                             # an operation whose failure is harmless may end well
+            assert code == 2 and err.count("\n") == 1 and "No space" in err, err
+            for line in (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []:
+                json.loads(line)
+            for file in out.glob("checkpoint/step-*.safetensors"):
+                load_file(file)
+        else:
+            assert contents(out).keys() == straight.keys()
+
+
+def test_divergence_never_takes_the_place_of_what_is_good(world, tmp_path):
+    flags = ["--dataset", "X/good.jsonl", "--max-steps", "6", "--save-every", "1", "--lr", "1e30", "--lr-schedule", "constant", "--warmup-steps", "0", "--output-dir", str(tmp_path)]
+    code, _, err = end(world, "dpo", [*SMALL["dpo"], *flags])
+    assert code == 2 and err.count("\n") == 1 and "finite" in err
+    for file in (tmp_path / "checkpoint").glob("*"):
+        assert all(torch.isfinite(tensor).all() for name, tensor in load_file(file).items() if name.startswith("weight"))
+    assert not (tmp_path / "model.safetensors").exists()
+    strict = {"parse_constant": lambda name: pytest.fail(f"{name} in metrics.jsonl")}
+    assert [json.loads(line, **strict) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resume_says_what_changed_since_the_start(world, tmp_path):
+    for file in ("good.py", "answers.jsonl"):
+        shutil.copy(world / file, tmp_path)
+    shutil.copytree(TOY / "model", tmp_path / "m")
+    flags = [*SMALL["grpo"], "--dataset", f"{tmp_path}/answers.jsonl", "--model", f"{tmp_path}/m", "--ref-model", f"{tmp_path}/m", "--reward", f"{tmp_path}/good.py:right", "--eval-fraction", "0",
+             "--output-dir", str(tmp_path / "o")]
+    assert end(world, "grpo", flags)[0] == 0
+    flags += ["--resume", "--max-steps"]
+    assert "is not what" not in end(world, "grpo", [*flags, "1"])[1]
+    (tmp_path / "good.py").write_text(REWARDS["good"].replace("len(c)", "-len(c)"))
+    code, out, err = end(world, "grpo", [*flags, "2"])
+    assert code == 0 and "the reward is not what it was" in out and "--max-steps was 1 and is 2" in out
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    try:
+        code, out, err = end(world, "grpo", [*flags, "3"])
+    finally:
+        torch.set_num_threads(torch.get_num_threads() - 1)
+    assert code == 0 and "threads was" in out and "the reward" not in out.split("threads was")[0]     # said once
+    for what, change in {"data": lambda: (tmp_path / "answers.jsonl").write_text(lines({"prompt": "1+1", "answer": "3"})),
+                         "model": lambda: model_copy(tmp_path / "n", weights=fill(NORM, 2.0)) or shutil.copy(tmp_path / "n/model.safetensors", tmp_path / "m")}.items():
+        change()
+        before = contents(tmp_path / "o")
+        one_line(*(end(world, "grpo", [*flags, "4"])[i] for i in (0, 2)), ["--resume", f"the {what} is not what"] if what == "data" else ["--resume", "is not what"])
+        assert contents(tmp_path / "o") == before
+        shutil.copy(world / "answers.jsonl", tmp_path)
+
+
+# --- signals and consoles ---------------------------------------------------------------------------------------------
+
+def forked(world, script, flags, during=lambda pid: None):
+    """A script in a child of this process (imports are done) → (exit code, stdout, stderr); during(pid) may send it signals."""
+    files = [open(world.parent / f"{name}-{os.getpid()}", "w+b") for name in ("out", "err")]
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for name in ("SIGTERM", "SIGHUP"):               # which whoever started this may have ignored
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+            torch.set_num_threads(1)
+            for number, file in enumerate(files, 1):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+            common.run(lambda: MAIN[script]([flag.replace("X/", f"{world}/") for flag in flags]))
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException as error:
+            print("TRACEBACK", repr(error), file=sys.stderr)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+    during(pid)
+    status = os.waitpid(pid, 0)[1]
+    texts = []
+    for file in files:
+        file.seek(0)
+        texts.append(file.read().decode())
+        file.close()
+    return os.waitstatus_to_exitcode(status), *texts
+
+
+def test_ctrl_c_ends_in_one_line_at_any_moment(world, tmp_path):
+    flags = ["--limit", "100", "--max-steps", "3", "--eval-samples", "4", "--output-dir", str(tmp_path / "o")]
+    began = time.monotonic()
+    assert forked(world, "dpo", flags)[0] == 0
+    lasts = time.monotonic() - began
+    ends = []
+    for i in range(8):
+        def interrupt(pid):
+            time.sleep(0.02 + lasts * i / 8)
+            os.kill(pid, signal.SIGINT)
+            if i % 2:                                        # and a second time
+                time.sleep(0.01)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGINT)
+        code, out, err = forked(world, "dpo", flags, interrupt)
+        assert code in (0, 130) and err in ("", "interrupted\n"), err
+        assert code == 0 or err or "--resume goes on" in out
+        ends.append(code)
+    assert 130 in ends
+
+
+ENDLESS = [*SHORT, "--max-steps", "5000", "--eval-samples", "0", "--dataset", "X/good.jsonl", "--output-dir"]
+
+
+def until_it_trains(out):
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_a_second_one_ends_at_once(name, world, tmp_path):
+    def once(pid):
+        until_it_trains(tmp_path / "o")
+        os.kill(pid, getattr(signal, name))
+    code, out, err = forked(world, "dpo", [*ENDLESS, str(tmp_path / "o")], once)
+    assert code == 130 and not err and "--resume goes on" in out and list((tmp_path / "o/checkpoint").iterdir())
+
+    def twice(pid):
+        until_it_trains(tmp_path / "p")
+        for _ in range(2):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, getattr(signal, name))
+            time.sleep(0.001)
+    code, out, err = forked(world, "dpo", [*ENDLESS, str(tmp_path / "p")], twice)
+    assert code == 130 and err in ("", "interrupted\n")
+
+
+def test_a_second_run_in_the_directory_is_refused(world, tmp_path):
+    flags = [*ENDLESS, str(tmp_path / "o")]
+
+    def second(pid):
+        until_it_trains(tmp_path / "o")
+        for resume in ([], ["--resume"]):
+            code, _, err = end(world, "dpo", [*flags, *resume])
+            assert code == 2 and (str(pid) in err or resume and "no checkpoint" in err), err
+        os.kill(pid, signal.SIGTERM)
+    code, _, err = forked(world, "dpo", flags, second)
+    assert code == 130 and not err and not (tmp_path / "o-1").exists()
+
+
+@pytest.mark.parametrize("ending, environment, codes", [
+    ("| head -n 1", {}, "0 0"),                              # the reader leaves, the run goes on to its end
+    ("> /dev/null", {"PYTHONIOENCODING": "cp1252"}, "0"), ("> /dev/null", {"PYTHONIOENCODING": "ascii"}, "0"), ("> /dev/full", {}, "2"),
+], ids=["head", "cp1252", "ascii", "full"])
+def test_consoles(ending, environment, codes, world, tmp_path):
+    command = f"{sys.executable} {ROOT}/score.py --dataset {world}/good.jsonl --reward-model {world}/rm --output {tmp_path}/a.jsonl {ending}; echo ${{PIPESTATUS[@]}}"
+    done = subprocess.run(["bash", "-c", command], env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == codes and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    assert (tmp_path / "a.jsonl").exists() or codes == "2"
