@@ -1832,24 +1832,168 @@ class Sample:
     ended: bool                     # False: truncated at max_new_tokens
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer that takes room for 64 tokens at a time; transformers' own copies all of itself
-    for every token."""
-    room = None  # keys and values with free places behind them: 2 × (rows, heads, used + free, d)
+class Room(DynamicLayer):
+    """A cache layer with room for whole completions, taken once; transformers' own copies all of
+    itself for every token.
+
+    Rows that stay move to the front, and view() says what takes part. So no address changes, nor a
+    shape within a view, and where the next token goes can be a tensor: what a CUDA graph needs.
+    """
+    room = None    # keys and values: 2 × (rows, heads, length, d)
+    length = 0     # tokens that there is room for
+    column = None  # (1,) where the next token goes; None: the last column of the view
+
+    def view(self, rows, end):
+        self.keys, self.values = (room[:rows, :, :end] for room in self.room)
+
+    def get_seq_length(self):
+        return self.keys.shape[-2] - 1  # a view includes the token that is under way
 
     def update(self, key_states, value_states, *args, **kwargs):
-        used = self.keys.shape[-2]
-        end = used + key_states.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
-            self.room = [F.pad(old, (0, 0, 0, end - used + 63)) for old in (self.keys, self.values)]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, used:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        for now, new in ((self.keys, key_states), (self.values, value_states)):
+            if self.column is None:
+                now[:, :, -1:] = new
+            else:
+                now.index_copy_(2, self.column, new.to(now.dtype))
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.room = None  # rows left: keys and values are copies now
+    def reorder_cache(self, stay):
+        used = self.keys.shape[-2]
+        if self.room is None:
+            _, heads, _, d = self.keys.shape
+            make = self.keys.new_empty if self.column is None else self.keys.new_zeros  # no NaN
+            self.room = [make(len(stay), heads, self.length, old.shape[-1])
+                         for old in (self.keys, self.values)]
+        for room, now in zip(self.room, (self.keys, self.values)):
+            room[:len(stay), :, :used] = now[stay]
+        self.view(len(stay), used)
+
+
+class Replay:
+    """f() as it is, or on CUDA recorded for each key and replayed: one launch instead of a thousand.
+
+    The first call of a key runs as it is (libraries set themselves up), the second records, all
+    others replay. What f reads and writes must stay where it is; its result is overwritten by the
+    next call of the same key.
+    """
+
+    def __init__(self, on):
+        self.on = on
+        self.recorded = {}               # key → (graph, result), or None after the first call
+        self.pool = torch.cuda.graph_pool_handle() if on else None
+
+    def __call__(self, key, f):
+        if not self.on:
+            return f()
+        if key not in self.recorded:
+            self.recorded[key] = None
+            return f()
+        if self.recorded[key] is None:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool):
+                    result = f()
+            except RuntimeError as error:  # the model asks the device for a number in between
+                tqdm.write(f"sampling is slower: a step cannot be recorded ({first_line(error)})")
+                self.on = False
+                return f()
+            self.recorded[key] = (graph, result)
+        graph, result = self.recorded[key]
+        graph.replay()
+        return result
+
+
+WIDTH = 256          # the cache of a recorded step grows by so many tokens
+LOOK = 16            # tokens between two looks at which rows have ended
+
+
+class Decoder:
+    """A model with its cache: n rows for each prompt (the longest last), a token of each at a time.
+
+    coarse: few different shapes occur, for each is recorded: rows leave by halves and the cache
+    grows by WIDTH. Default: on CUDA. Elsewhere nothing is computed in vain.
+    """
+
+    def __init__(self, model, prompts, n, max_new_tokens, coarse=None):
+        device = next(model.parameters()).device
+        self.model = model
+        self.takes = inspect.signature(model.forward).parameters
+        self.end = width = len(prompts[-1])                  # columns that hold a token
+
+        # Padded on the left: all completions begin in one column.
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        mask = torch.arange(width, device=device) >= width - lengths[:, None]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.forward(ids, mask.long(), positions, None)
+        self.cache = getattr(out, "past_key_values", None)
+        if self.cache is None:
+            fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from "
+                 "here; train_dpo.py --eval-samples 0 trains it without samples.")
+
+        # With a window or without SDPA the model makes its masks itself, of the exact length.
+        layers = getattr(self.cache, "layers", [])           # windows and states keep their own
+        self.rooms = [layer for layer in layers if type(layer) is DynamicLayer]
+        self.own_mask = (
+            0 < len(self.rooms) == len(layers) and "position_ids" in self.takes
+            and model.config._attn_implementation == "sdpa")
+        self.coarse = self.own_mask and (device.type == "cuda" if coarse is None else coarse)
+        self.replay = Replay(self.coarse and device.type == "cuda")
+        self.column = torch.tensor([width], device=device) if self.coarse else None
+
+        # The prompts are prefilled: now every one n times.
+        longest = self.columns(width + max_new_tokens)
+        for layer in self.rooms:
+            layer.__class__ = Room
+            layer.length = longest
+            layer.column = self.column
+        each = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        self.cache.reorder_cache(each)
+        self.logits = out.logits[:, -1][each]                # (rows, V)
+        self.ids = ids.new_zeros(len(each), 1)               # (rows, 1)
+        self.positions = positions[each, -1:]                # (rows, 1)
+        self.mask = F.pad(mask, (0, longest - width))[each]  # (rows, longest)
+
+    def forward(self, ids, mask, positions, cache):
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        if "position_ids" in self.takes:
+            inputs["position_ids"] = positions
+        if "logits_to_keep" in self.takes:
+            inputs["logits_to_keep"] = 1
+        return self.model(**inputs, use_cache=True)
+
+    def columns(self, end):
+        return math.ceil(end / WIDTH) * WIDTH if self.coarse else end
+
+    def rows_for(self, running):
+        """How many rows stay where so many still run."""
+        return 2 ** (running - 1).bit_length() if self.coarse else running
+
+    def step(self, token):
+        """Every row's token (rows,) goes in → logits of the next one: (rows, V)."""
+        rows = len(token)
+        self.ids[:rows, 0] = token
+        self.positions += 1
+        self.mask[:, self.end] = True
+        if self.coarse:
+            self.column.fill_(self.end)
+        self.end += 1
+        seen = self.columns(self.end)
+        for layer in self.rooms:
+            layer.view(rows, seen)
+        mask = self.mask[:rows, :seen]
+        mask = mask[:, None, None] if self.own_mask else mask.long()
+
+        def compute():
+            out = self.forward(self.ids[:rows], mask, self.positions[:rows], self.cache)
+            return out.logits[:, -1]
+        return self.replay((rows, seen), compute)
+
+    def keep(self, stay):
+        """These rows go on, the others leave the batch."""
+        self.cache.reorder_cache(stay)  # unlike batch_select_indices also for linear attention
+        for column in (self.ids, self.positions, self.mask):
+            column[:len(stay)] = column[stay]
 
 
 def uniforms(prompts, n, max_new_tokens, seed):
@@ -1871,7 +2015,7 @@ def uniforms(prompts, n, max_new_tokens, seed):
 @torch.no_grad()
 def sample(
         model, prompts, n, max_new_tokens, stops, temperature=1.0, top_p=1.0, greedy=False,
-        seed=0, cache_tokens=2 ** 17, progress=None):
+        seed=0, cache_tokens=None, progress=None, coarse=None):
     """n completions of each of P prompts (lists of ids) → P·n Samples, number i of prompt i // n.
     Collective: each process samples its share, for all to have.
 
@@ -1880,7 +2024,7 @@ def sample(
     uniforms that are drawn up front, seeded by the prompt: in float32 what is sampled depends
     neither on the batch and order of the prompts nor on when others end. In bfloat16 rounding
     depends on the batch, and a token now and then with it. cache_tokens bounds rows × (prompt +
-    completion) of one batch: memory only.
+    completion) of one batch: memory only. coarse: see Decoder.
     """
     if not greedy and not (temperature > 0 and 0 < top_p <= 1):
         raise ValueError(f"sampling needs temperature > 0 and 0 < top_p <= 1, not {temperature} "
@@ -1896,6 +2040,7 @@ def sample(
     model.eval()  # train mode with checkpointing silently drops the cache
     try:
         whole = model_to_sample(model)
+        cache_tokens = cache_tokens or cache_room(whole)
         while waiting:
             # As many prompts, alike in length, as the cache can hold.
             size = 1
@@ -1907,7 +2052,7 @@ def sample(
             waiting = waiting[size:]
             samples = sample_batch(
                 whole, [prompts[i] for i in batch], numbers[batch], stops,
-                1.0 if greedy else temperature, top_p, greedy, bar)
+                1.0 if greedy else temperature, top_p, greedy, bar, coarse)
             for j, i in enumerate(batch):
                 results[i] = samples[j * n:(j + 1) * n]
     finally:
@@ -1935,57 +2080,39 @@ def model_to_sample(model):
     return copy
 
 
-def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar):
+def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar, coarse=None):
     """Prompts that share a cache, the longest last → Samples. uniform: (P, n, max_new_tokens)."""
     device = next(model.parameters()).device
-    takes = inspect.signature(model.forward).parameters
     n, max_new_tokens = uniform.shape[1:]
     uniform = uniform.flatten(0, 1).to(device)               # (P·n, max_new_tokens)
     stop = torch.tensor(stops, device=device)
+    decoder = Decoder(model, prompts, n, max_new_tokens, coarse)
 
-    # Padded on the left: all completions begin in one column.
-    width = len(prompts[-1])
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-    rows = torch.arange(len(uniform), device=device)         # which completions still run
+    rows = torch.arange(len(uniform), device=device)         # which completions are in the batch
+    ended = torch.zeros(len(uniform), dtype=torch.bool, device=device)
+    running = len(uniform)
     steps = []                                               # (rows, their tokens, the log-probs)
-    cache = None
     for t in range(max_new_tokens):
-        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        if "position_ids" in takes:
-            inputs["position_ids"] = positions
-        if "logits_to_keep" in takes:
-            inputs["logits_to_keep"] = 1
-        out = model(**inputs, use_cache=True)
-        logits = out.logits[:, -1].float() / temperature     # (rows, V)
-
-        if cache is None:                                    # prefilled: now every prompt n times
-            cache = repeat_cache(model, out, len(prompts), n)
-            logits = logits.repeat_interleave(n, 0)
-            mask = mask.repeat_interleave(n, 0)
-            positions = positions[:, -1:].repeat_interleave(n, 0)
-
-        logp = logits.log_softmax(-1)
+        logits = decoder.step(token) if t else decoder.logits
+        logp = (logits.float() / temperature).log_softmax(-1)            # (rows, V)
         token = logp.argmax(-1) if greedy else draw(logp.exp(), uniform[rows, t], top_p)
         steps.append((rows, token, logp.gather(1, token[:, None])[:, 0]))
 
-        done = torch.isin(token, stop)
-        if done.any():                                       # cost follows the tokens made
-            bar.update(int(done.sum()))
-            running = (~done).nonzero()[:, 0]
-            if len(running) == 0:
-                break
-            cache.reorder_cache(running)  # unlike batch_select_indices also for linear attention
-            rows = rows[running]
-            token = token[running]
-            mask = mask[running]
-            positions = positions[running]
-        ids = token[:, None]
-        positions = positions + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        # Completions that ended leave: cost follows the tokens made. To look is to wait for a GPU.
+        ended = ended | torch.isin(token, stop)
+        if decoder.coarse and t % LOOK < LOOK - 1:
+            continue
+        left = len(rows) - int(ended.sum())
+        bar.update(running - left)
+        running = left
+        if running == 0:
+            break
+        if decoder.rows_for(running) < len(rows):
+            stay = ended.to(torch.uint8).argsort(stable=True)[:decoder.rows_for(running)]
+            decoder.keep(stay)
+            rows = rows[stay]
+            token = token[stay]
+            ended = ended[stay]
 
     if not torch.cat([logps for *_, logps in steps]).isfinite().all():
         fail("sampling: the model gives probabilities that are not finite numbers (weights that "
@@ -1993,25 +2120,24 @@ def sample_batch(model, prompts, uniform, stops, temperature, top_p, greedy, bar
     samples = [Sample([], [], False) for _ in uniform]
     for step in steps:
         for row, token, logp in zip(*[column.tolist() for column in step]):
-            samples[row].ids.append(token)
-            samples[row].logps.append(logp)
-            samples[row].ended = token in stops
-    bar.update(sum(not s.ended for s in samples))
+            if not samples[row].ended:                       # a coarse batch may go on behind it
+                samples[row].ids.append(token)
+                samples[row].logps.append(logp)
+                samples[row].ended = token in stops
+    bar.update(running)
     return samples
 
 
-def repeat_cache(model, out, prompts, n):
-    """The cache of a prefill, each prompt's row n times, in layers that take room ahead."""
-    cache = getattr(out, "past_key_values", None)
-    if cache is None:
-        fail(f"{type(model).__name__} keeps no past_key_values, so it cannot be sampled from here; "
-             "train_dpo.py --eval-samples 0 trains it without samples.")
-    for layer in getattr(cache, "layers", []):
-        if type(layer) is DynamicLayer:  # sliding windows and linear attention keep their own
-            layer.__class__ = RoomyLayer
+def cache_room(model):
+    """Tokens that the cache of a batch may hold; on CUDA what 40 % of the free memory takes."""
     device = next(model.parameters()).device
-    cache.reorder_cache(torch.arange(prompts, device=device).repeat_interleave(n))
-    return cache
+    if device.type != "cuda":
+        return 2 ** 17
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    return int(0.4 * torch.cuda.mem_get_info(device)[0] / each)
 
 
 def draw(probs, u, top_p=1.0):
@@ -2022,13 +2148,28 @@ def draw(probs, u, top_p=1.0):
         probs = torch.zeros_like(probs).scatter(1, index, p)
     # Float32 sums of 150,000 lose the tail.
     wide = torch.float32 if probs.device.type == "mps" else torch.float64
-    cdf = probs.cumsum(-1, dtype=wide)
-    at = u.to(wide) * cdf[:, -1]
-    token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
-    return token.clamp(max=probs.shape[1] - 1)
+
+    # In two levels, blocks of 128 tokens and then one of them: one long sum of V numbers in float64
+    # would cost more than the rest of a step.
+    blocks = F.pad(probs, (0, -probs.shape[1] % 128)).unflatten(1, (-1, 128))    # (n, V/128, 128)
+    sums = blocks.sum(-1, dtype=wide)                                            # (n, V/128)
+    cdf = sums.cumsum(1)
+    at = u.to(wide)[:, None] * cdf[:, -1:]                                       # (n, 1)
+    block = torch.searchsorted(cdf, at, right=True).clamp(max=cdf.shape[1] - 1)  # (n, 1)
+    rows = torch.arange(len(probs), device=probs.device)
+    within = blocks[rows, block[:, 0]].cumsum(1, dtype=wide)                     # (n, 128)
+    rest = at - (cdf.gather(1, block) - sums.gather(1, block))
+    rest = rest.minimum(within[:, -1:] * (1 - 2 ** -20))     # rounding must not pass the last one
+    place = torch.searchsorted(within, rest, right=True).clamp(max=127)
+    return (128 * block + place)[:, 0].clamp(max=probs.shape[1] - 1)
 
 
 # ⑧ scale ------------------------------------------------------------------------------------------
+
+def trained(model):
+    """{name: parameter} of what is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
 
 def layers_of(model):
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -2546,12 +2687,12 @@ def describe_run(model, train, held_out, plan, args, packed, needed):
     """The start lines: sizes, memory (needed: what memory_needed() gives), and what packing saves
     and costs, counted on the first step."""
     weights = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    changing = sum(p.numel() for p in trained(model).values())
     groups = [train[i] for i in plan[0]]
     device = next(model.parameters()).device
     where = f"{device} of {world()} processes" if world() > 1 else str(device)
-    part = f" ({trained / 1e6:.2f} M trained)" if trained < weights else ""
-    print(f"{weights / 1e6:.2f} M parameters{part} on {where}; "
+    some = f" ({changing / 1e6:.2f} M trained)" if changing < weights else ""
+    print(f"{weights / 1e6:.2f} M parameters{some} on {where}; "
           f"{len(train):,} prompts to train on, {len(held_out):,} held out; "
           f"{len(plan):,} steps of {args.batch_size} prompts")
     if groups[0].completion_ids:
@@ -2569,7 +2710,7 @@ def describe_run(model, train, held_out, plan, args, packed, needed):
     if fixed + activations > has:
         print(f"note: the device has {has / 2 ** 30:.1f} GiB; --gradient-checkpointing, a smaller "
               "--micro-batch-tokens, --lora-rank or more processes (torchrun) need less")
-    if trained > 1e8 and args.learning_rate >= 1e-4:
+    if changing > 1e8 and args.learning_rate >= 1e-4:
         print(f"note: --learning-rate {args.learning_rate:g} suits the toy; for this size 5e-7 to "
               "5e-6 is usual, for a reward model 5e-6 to 2e-5")
 
@@ -2580,8 +2721,10 @@ def save_model(out, model, tokenizer, adapter=None):
     A LoRA adapter is merged into it, and stands beside it in adapter/.
     """
     weights = collect(whole_weights(model))
-    trained = [(f"base_model.model.{n}", p) for n, p in model.named_parameters() if p.requires_grad]
-    trained = collect(trained if adapter else [])
+    alone = {}
+    if adapter:
+        alone = {f"base_model.model.{name}": p for name, p in trained(model).items()}
+    alone = collect(alone.items())
     if rank():
         return
     for name, weight in weights.items():
@@ -2595,7 +2738,7 @@ def save_model(out, model, tokenizer, adapter=None):
         tokenizer.save_pretrained(writing)
         if adapter:
             adapter.save_pretrained(
-                writing / "adapter", state_dict=trained, save_embedding_layers=False)
+                writing / "adapter", state_dict=alone, save_embedding_layers=False)
             (out / "adapter").mkdir(exist_ok=True)
         files = [file for file in writing.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: file == writing / "config.json"):

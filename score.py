@@ -340,11 +340,6 @@ def correlation(xs, ys):
     return torch.corrcoef(tensor([xs, ys]))[0, 1].item() if len(xs) > 1 else math.nan
 
 
-def shown(r):
-    """A correlation for the terminal."""
-    return "–" if math.isnan(r) else f"{r:.2f}"
-
-
 def best_of_n(scores, n, values):
     """(3): unbiased E[value of the best of n] from N ≥ n samples. values: of each sample, its score
     or whatever else it is worth."""

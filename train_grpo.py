@@ -654,9 +654,9 @@ def function_reward(function, what):
     def reward(groups, texts, ids, ended):
         # A function may be slow or random: each process asks about its own prompts, once.
         mine = common.my_share([id(g) for g in groups])
-        columns = [[column[i] for i in mine] for column in (groups, texts, ids)]
+        some = [(groups[i], texts[i], ids[i]) for i in mine]
         try:
-            outcome = dict(zip(mine, ask(*columns).tolist())) if mine else {}
+            outcome = dict(zip(mine, ask(*zip(*some)).tolist())) if mine else {}
         except RewardError as error:
             outcome = error
         values = {}
@@ -1035,7 +1035,7 @@ def save_checkpoint(out, model, optimizer, step, extra):
     draw is a function of the seed and the step. The checkpoint before this one stays too, and
     weights that are not finite take nobody's place.
     """
-    tensors = {f"weight {n}": p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"weight {name}": p for name, p in common.trained(model).items()}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
             tensors[f"adamw {i} {name}"] = value
@@ -1070,10 +1070,9 @@ def load_checkpoint(out, model, optimizer):
     extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
         common.check_checkpoint(state, model, done)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        for name, p in trained.items():
+        for name, p in common.trained(model).items():
             p.copy_(common.part(state.pop(f"weight {name}"), p))
-        shards = list(trained.values())                      # in the optimizer's order
+        shards = list(common.trained(model).values())        # in the optimizer's order
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
@@ -1143,7 +1142,7 @@ def main(argv=None):
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
     common.shard(model, args)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        common.trained(model).values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
     evaluated = common.first(common.open_logs, out, start, args, depends)

@@ -494,7 +494,7 @@ def save_checkpoint(out, model, optimizer, step, extra):
     draw is a function of the seed and the step. The checkpoint before this one stays too, and
     weights that are not finite take nobody's place.
     """
-    tensors = {f"weight {n}": p for n, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"weight {name}": p for name, p in common.trained(model).items()}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
             tensors[f"adamw {i} {name}"] = value
@@ -529,10 +529,9 @@ def load_checkpoint(out, model, optimizer):
     extra = {}
     with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
         common.check_checkpoint(state, model, done)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        for name, p in trained.items():
+        for name, p in common.trained(model).items():
             p.copy_(common.part(state.pop(f"weight {name}"), p))
-        shards = list(trained.values())                      # in the optimizer's order
+        shards = list(common.trained(model).values())        # in the optimizer's order
         for key, value in state.items():
             kind, *i, name = key.split(" ")
             if kind == "extra":
@@ -599,7 +598,7 @@ def main(argv=None):
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
     common.shard(model, args)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        common.trained(model).values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
     extra = load_checkpoint(out, model, optimizer) if start else {}
     evaluated = common.first(common.open_logs, out, start, args, depends)

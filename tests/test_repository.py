@@ -42,7 +42,7 @@ def test_layout():
 def test_readme_names_only_flags_and_files_that_exist():
     readme = (ROOT / "README.md").read_text()
     programs = SCRIPTS + [f"tests/{f.name}" for f in (ROOT / "tests").glob("*.py")] + ["tests/toy/make_toy.py"]
-    known = set()
+    known = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--shutdown-timeout"}     # torchrun's
     for name in programs:
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / name).read_text()))
     unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - known

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -229,6 +229,88 @@ def test_lora_without_peft_is_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train_dpo.parse_args(["--lora-rank", "4"])
     assert "pip install peft" in capsys.readouterr().err
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+def tiny(kind):
+    options = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind == "gpt2":
+        options = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    if kind == "mistral":
+        options["sliding_window"] = 6
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)                                        # or all tokens were about as likely
+    return model
+
+
+def plain_sample(model, prompt, u, stops):
+    """One completion, without a cache and without a batch."""
+    ids = []
+    for number in u:
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, -1]
+        cdf = logits.softmax(-1).double().cumsum(0)
+        ids.append(int(torch.searchsorted(cdf, number * cdf[-1], right=True)))
+        if ids[-1] in stops:
+            break
+    return ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_batch_exact_or_coarse_gives_what_each_prompt_gives_alone(kind, coarse):
+    model = tiny(kind)
+    prompts = [[5, 6, 7], [9] * 8, [11, 12, 13, 14, 15]]
+    stops = list(range(1, 30))                               # rows end all the time
+    samples = common.sample(model, prompts, 2, 20, stops, coarse=coarse, seed=1)
+    numbers = common.uniforms(prompts, 2, 20, 1).flatten(0, 1)
+    assert len({len(s.ids) for s in samples}) > 2
+    for i, s in enumerate(samples):
+        assert s.ids == plain_sample(model, prompts[i // 2], numbers[i], stops)
+        assert s.ended == (s.ids[-1] in stops) and len(s.logps) == len(s.ids)
+
+
+@torch.no_grad()
+def test_a_coarse_batch_has_few_shapes_at_fixed_addresses():
+    model = tiny("llama")
+    seen = set()
+    addresses = set()
+
+    class Note(common.Replay):
+        def __call__(self, key, f):
+            seen.add(key)
+            return super().__call__(key, f)
+
+    decoder = common.Decoder(model, [[5, 6, 7], [8, 9, 10, 11]], 4, 300, coarse=True)
+    decoder.replay = Note(False)
+    token = torch.zeros(8, dtype=torch.long)
+    for t in range(280):
+        decoder.step(token)
+        addresses.add(decoder.rooms[0].keys.data_ptr())
+        if t == 100:
+            decoder.keep(torch.tensor([1, 3, 4, 6]))
+            token = token[:4]
+    assert seen == {(8, 256), (4, 256), (4, 512)} and len(addresses) == 1
+
+
+def test_two_levels_of_draw_give_the_token_of_one_long_sum():
+    torch.manual_seed(0)
+    for size in (3, 128, 129, 5000):
+        probs = (4 * torch.randn(200, size)).softmax(-1)
+        probs[:, size // 2:] *= (torch.arange(200) % 2)[:, None]         # half of them end in zeros
+        u = torch.rand(200, dtype=torch.float64)
+        cdf = probs.double().cumsum(1)
+        want = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+        got = common.draw(probs, u)
+        assert (got != want).sum() <= 1 and (probs.gather(1, got[:, None]) > 0).all()
+    edge = torch.zeros(2, 300)
+    edge[:, 150] = 1
+    assert common.draw(edge, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64)).tolist() == [150] * 2
 
 
 # --- large data -----------------------------------------------------------------------------------
