@@ -1181,7 +1181,9 @@ def my_micro_batches(groups, budget, packed=True):
     """
     hands = [[] for _ in range(world())]
     tokens = [0] * world()
-    for group in sorted(groups, key=Group.tokens, reverse=True) if world() > 1 else groups:
+    if world() > 1:
+        groups = sorted(groups, key=Group.tokens, reverse=True)
+    for group in groups:
         emptiest = tokens.index(min(tokens))
         hands[emptiest].append(group)
         tokens[emptiest] += group.tokens()
@@ -1190,7 +1192,7 @@ def my_micro_batches(groups, budget, packed=True):
     mine = [(micro, world()) for micro in shares[rank()]]
     idle = max(map(len, shares)) - len(mine)
     for _ in range(idle):
-        mine.append(([min(groups, key=Group.tokens)], 0))
+        mine.append((groups[-1:], 0))                        # the shortest
     return mine
 
 
