@@ -531,7 +531,7 @@ def micro_loss(logps, ref_logps, shift, groups, args):
     loss = LOSSES[args.loss]
     index = [i for g in groups for i in g.index]
     lengths = [len(ids) for g in groups for ids in g.completion_ids]
-    good = [g.scores == [1] for g in groups for _ in g.completion_ids]
+    good = [g.scores != [0] for g in groups for _ in g.completion_ids]
     pairs = compare(groups, args.label_smoothing or 0.0, logps.device)
     x = Completions(
         policy=logps,
