@@ -932,7 +932,7 @@ def report_best_of_n(groups):
 # Columns that hold prompt, completions and scores in a format's own way; all others are kept.
 TAKEN = {
     "prompt", "question", "chosen", "rejected", "completion", "response", "completions",
-    "responses", "scores", "score", "p_chosen", "spread", "response_0", "response_1",
+    "responses", "scores", "ranks", "score", "p_chosen", "spread", "response_0", "response_1",
     "better_response_id", "safer_response_id", "score_chosen", "score_rejected"}
 
 
@@ -958,7 +958,9 @@ def pair_row(chosen, rejected):
 def list_row(siblings):
     group = siblings[0].group
     scores = {"scores": [c.score for c in siblings]}
-    if "ranks" not in group.row:
+    if "ranks" in group.row:                                 # a reader would take them for the same
+        scores["ranks_before"] = group.row["ranks"]
+    else:
         scores["scores_before"] = group.scores
     return row_of(group, {"completions": [as_said(c) for c in siblings]}, scores)
 
