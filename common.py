@@ -344,7 +344,8 @@ def read_rows(source, split="train"):
     return read_csv(source, text) if name.endswith(".csv") else read_json(source, text)
 
 
-PRINTED = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")    # what str() of messages gives
+# how str() of a list of messages begins
+PRINTED = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 def read_csv(source, text):
@@ -619,7 +620,7 @@ def to_group(format_name, row, where, prefer):
 
     answer = group.row.get("answer")
     if isinstance(answer, float) and answer.is_integer():
-        group.row["answer"] = int(answer)  # a column with gaps makes 91.0 of 91: never equal to "91"
+        group.row["answer"] = int(answer)  # a column with gaps made 91.0 of 91: never equal to "91"
     stripped = [c.strip() for c in group.completions]
     if not all(stripped):
         return "with an empty completion"
@@ -2425,9 +2426,11 @@ def check_run(args, names):
 
     out = Path(args.output_dir)
     with failing(f"--output-dir {args.output_dir:.60}: cannot be used"):
-        above = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+        out.exists()                                         # raises for a name that none can have
+        places = [out, *out.absolute().parents]
+        above = next(folder for folder in places if os.path.lexists(folder))
         if not above.is_dir():
-            fail(f"--output-dir {out}: {above} is a file.")
+            fail(f"--output-dir {out}: {above} is a file, or a link to nothing.")
         if not os.access(above, os.W_OK):
             fail(f"--output-dir {out}: {above} cannot be written.")
     for place in (".", __file__, Path.home(), tempfile.gettempdir()):

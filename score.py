@@ -1095,7 +1095,7 @@ def report_best_of_n(groups, seed):
 # Columns that hold prompt, completions and scores in a format's own way; all others are kept.
 READ = {name for row in FORMATS.values() for names in row.columns for name in names.split("|")}
 WRITTEN = {"score", "score_chosen", "score_rejected", "p_chosen", "spread"}
-TAKEN = READ - {"answer", "label", "ranks"} | WRITTEN
+TAKEN = READ - {"answer", "label"} | WRITTEN
 
 
 def row_of(group, said, scores):
@@ -1120,7 +1120,9 @@ def pair_row(chosen, rejected):
 def list_row(siblings):
     group = siblings[0].group
     scores = {"scores": [c.score for c in siblings]}
-    if "ranks" not in group.row:
+    if "ranks" in group.row:                                 # a reader would take them for the same
+        scores["ranks_before"] = group.row["ranks"]
+    else:
         scores["scores_before"] = group.scores
     return row_of(group, {"completions": [as_said(c) for c in siblings]}, scores)
 

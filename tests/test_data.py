@@ -147,7 +147,7 @@ BROKEN = {                                                   # name: (bytes, wor
     "i.jsonl.gz": (BODY[:-20], ["cannot be read"]),
     "j.jsonl.gz": (BODY[:12] + b"\xff\xff" + BODY[14:], ["cannot be read"]),
     "k.parquet": (b"PAR1 this is none", ["cannot be read"]),
-    "l.jsonl": (b'{"prompt": "\xff"}', ["cannot be read"]),
+    "l.jsonl": (b'{"prompt": "\xff"}', ["line 1", "UTF-8"]),
     "m.txt": (b"a", [".jsonl"]),
     "n.jsonl": (b"\n", ["no rows"]),
     "o.json": (b"[]", ["no rows"]),

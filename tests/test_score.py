@@ -487,7 +487,7 @@ def test_scores_other_formats(rm, tmp_path, capsys):
     out = run(capsys, "--reward-model", rm, "--dataset", tmp_path / "k.jsonl", "--chat", "--output", tmp_path / "k2.jsonl",
               "--pairs", tmp_path / "kp.jsonl")
     assert "of 30 pairs" in out
-    assert all(r["ranks"] == [3, 1, 2] and len(r["scores"]) == 3 for r in rows(tmp_path / "k2.jsonl"))
+    assert all(r["ranks_before"] == [3, 1, 2] and len(r["scores"]) == 3 for r in rows(tmp_path / "k2.jsonl"))
     assert len(common.read_groups(tmp_path / "k2.jsonl", ("ranked list",))[0]) == 10 == len(rows(tmp_path / "kp.jsonl"))
 
     unpaired = [{"prompt": f"{i}+1", "completion": str(i), "label": i % 2} for i in range(10)]
