@@ -827,7 +827,9 @@ def test_a1_a24_real_pairs_with_real_tokenisers(name):
 def opened(out, steps=9, data="d", **flags):
     """open_run() as a trainer calls it."""
     args = SimpleNamespace(**({"output_dir": str(out), "resume": False, "beta": 0.1, "columns": ()} | flags))
-    return common.open_run(args, steps, data_sha256=data)
+    depends = {"data_sha256": data}
+    folder, done = common.open_run(args, steps, depends)
+    return folder, done, common.open_logs(folder, done, args, depends)
 
 
 def test_a_new_run_begins_in_an_empty_directory_and_keeps_what_was_there(tmp_path, monkeypatch, capsys, refuses):
@@ -839,9 +841,9 @@ def test_a_new_run_begins_in_an_empty_directory_and_keeps_what_was_there(tmp_pat
     kept = [(tmp_path / name / "mine.txt").read_text() for name in ("run-1", "run-2", "run")]
     assert kept == ["run", "run/", "run/."]
     monkeypatch.chdir(tmp_path / "run")
-    for name in (".", "checkpoint/.."):                      # no name to keep it under: nothing is touched
-        with refuses("--output-dir", "cannot be written"):
-            opened(name)
+    for name in (".", "checkpoint/.."):                      # no name to keep it under: refused before anything is loaded
+        with refuses("--output-dir", "folder of its own"):
+            common.check_run(SimpleNamespace(output_dir=name), ())
     assert (tmp_path / "run/mine.txt").exists() and opened("../run")[0] == Path("../run")
     assert (tmp_path / "run-3/mine.txt").exists() and not (tmp_path / "run/mine.txt").exists()
     (tmp_path / "file").write_text("x")
@@ -878,6 +880,7 @@ def test_resume_wants_what_the_run_began_with(tmp_path, capsys, refuses):
 def test_signals_are_caught_once_and_ignored_ones_stay_ignored(capsys):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)         # ignored where the suite runs in the background
         signal.signal(signal.SIGHUP, signal.SIG_IGN)         # as nohup does
         caught = common.catch_signals()
         signal.raise_signal(signal.SIGHUP)

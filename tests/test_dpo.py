@@ -403,6 +403,7 @@ def test_ctrl_c_saves_and_resumes(straight, tmp_path, monkeypatch, capsys):
         log(out, step, values)
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)             # ignored where the suite runs in the background
     monkeypatch.setattr(train_dpo, "log", interrupt)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--max-steps", 10)
