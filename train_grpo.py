@@ -624,7 +624,7 @@ def load_module(file, name, what):
     with common.failing(f"{what}: cannot be imported"):
         try:
             spec.loader.exec_module(module)
-        except SystemExit as error:                          # it would end the run as if all was well
+        except SystemExit as error:                          # it would end the run as if done
             raise RuntimeError(f"it calls sys.exit({error.code})") from error
         except SyntaxError as error:
             raise RuntimeError(f"line {error.lineno}: {error.msg}") from error

@@ -714,9 +714,9 @@ def test_a_second_run_in_the_directory_is_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize("ending, environment, codes", [
-    ("| head -n 1", {}, "0 0"),                              # the reader leaves, the run goes on to its end
-    ("> /dev/null", {"PYTHONIOENCODING": "cp1252"}, "0"), ("> /dev/null", {"PYTHONIOENCODING": "ascii"}, "0"), ("> /dev/full", {}, "2"),
-], ids=["head", "cp1252", "ascii", "full"])
+    ("| head -n 1", {"PYTHONIOENCODING": "cp1252"}, "0 0"),  # the reader leaves, the run goes on to its end
+    ("> /dev/full", {"PYTHONIOENCODING": "ascii"}, "2"),
+], ids=["head", "full"])
 def test_consoles(ending, environment, codes, world, tmp_path):
     command = f"{sys.executable} {ROOT}/score.py --dataset {world}/good.jsonl --reward-model {world}/rm --output {tmp_path}/a.jsonl {ending}; echo ${{PIPESTATUS[@]}}"
     done = subprocess.run(["bash", "-c", command], env=os.environ | environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
