@@ -27,6 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
 import common  # noqa: E402
+import train_dpo  # noqa: E402
 from common import (  # noqa: E402
     FORMATS, MARK, Account, Encoder, Group, failing, read_groups, split_by_prompt, split_transcripts, tokenise, within)
 
@@ -843,7 +844,7 @@ def test_a_new_run_begins_in_an_empty_directory_and_keeps_what_was_there(tmp_pat
     monkeypatch.chdir(tmp_path / "run")
     for name in (".", "checkpoint/.."):                      # no name to keep it under: refused before anything is loaded
         with refuses("--output-dir", "folder of its own"):
-            common.check_run(SimpleNamespace(output_dir=name), ())
+            common.check_run(train_dpo.parse_args(["--output-dir", name]), ())
     assert (tmp_path / "run/mine.txt").exists() and opened("../run")[0] == Path("../run")
     assert (tmp_path / "run-3/mine.txt").exists() and not (tmp_path / "run/mine.txt").exists()
     (tmp_path / "file").write_text("x")
