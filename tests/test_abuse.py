@@ -368,7 +368,7 @@ TABLE = [
            ("--output|X/rm/config.json", "--reward-model|overlap"), ("--output|X/hardconfig.jsonl", "--reward-model|overlap"), ("--tokens|X/softconfig.jsonl", "overlap"),
            ("--output|X/rm/new.jsonl", "--reward-model|overlap"), ("--output|X/a.jsonl|--pairs|X/a.jsonl", "different"), ("--output|X/a.jsonl|--tokens|X/nofolder/../a.jsonl", "different"),
            ("--output|X/nofolder", "--output"), ("--output|/dev/full", "No space"), ("--tokens|/dev/full", "No space"), ("--columns|prompt=chosen", "'prompt' already"), ("--split|test", "--split"), ("--prefer|safer", "--prefer")),
-    ("score", ["--dataset", "X/responses.jsonl", "X/otherprompt.jsonl", "--reward-model", "X/rm"], ["no prompt in common"]), ("score", ["--dataset", "X/two", "--plot", "X/a.png"], ["metrics.jsonl"]),
+    ("score", ["--dataset", "X/responses.jsonl", "X/otherprompt.jsonl", "--reward-model", "X/rm"], ["no prompt in common"]), ("score", ["--dataset", "X/two"], ["metrics.jsonl"]),
     ("score", ["--dataset", "X/run", "X/nofolder"], ["metrics.jsonl"]), ("score", ["--reward-model", "X/m-nan"], ["not a reward model"]), ("score", ["--policy", "X/m-nan", "--reward-model", "X/rm"], ["NaN"]),
     # what a run goes on from
     *resume(("noargs", "args.json"), ("listargs", "args.json"), ("tornargs", "args.json"), ("otherargs", "lacks"), ("metrics", "metrics.jsonl"), ("nostep", "metrics.jsonl"), ("nometrics", "metrics.jsonl"),
