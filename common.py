@@ -1235,6 +1235,23 @@ def compare(groups, label_smoothing=0.0, device=None):
     return Comparisons(better, worse, weight, p, margin, prompt)
 
 
+def choice_losses(r, chosen, rejected):
+    """Plackett–Luce: log of the sum of e^r over a completion and those that are worse, less its r.
+
+    r (K,) rewards; chosen, rejected (M,) the pairs of compare() → (K,), 0 where nothing is worse.
+    """
+    # Choice k is among completion k and those that are worse: K + M candidates in all.
+    itself = torch.arange(len(r), device=r.device)                               # (K,)
+    choice = torch.cat([itself, chosen])                                         # (K + M,)
+    left = r[torch.cat([itself, rejected])]                                      # (K + M,)
+
+    # log Σ e^r of each choice, with the highest reward taken out: exp() cannot overflow.
+    top = left.detach().new_zeros(len(r)).scatter_reduce(
+        0, choice, left.detach(), "amax", include_self=False)                    # (K,)
+    total = sum_by((left - top[choice]).exp(), choice, len(r))                   # (K,)
+    return top + total.log() - r
+
+
 def number_prompts(groups):
     """Which prompt each group has, (groups,): rows of one prompt share a number, so a cluster."""
     numbers = {}

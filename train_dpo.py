@@ -398,11 +398,7 @@ def plackett_luce(x, args):
 
     Token sums; for K = 2 it is dpo. Σ_k [ log Σ_{j = k or worse than k} e^{r_j} − r_k ] → (K,)
     """
-    r = args.beta * x.D                                                          # (K,)
-    worse = torch.eye(len(r), dtype=torch.bool, device=r.device)
-    worse[x.chosen, x.rejected] = True                                           # (K, K)
-    left = r[None].expand(len(r), -1).masked_fill(~worse, -math.inf)
-    return left.logsumexp(1) - r
+    return common.choice_losses(args.beta * x.D, x.chosen, x.rejected)           # (K,)
 
 
 # Single labelled completions.

@@ -223,16 +223,7 @@ def plackett_luce(x, args):
 
     Sum over the choices of a list, mean over prompts. No label noise, no margins. → (K,)
     """
-    # Choice k is among completion k and those that are worse: K + M candidates in all.
-    itself = torch.arange(len(x.rewards), device=x.rewards.device)               # (K,)
-    choice = torch.cat([itself, x.chosen])                                       # (K + M,)
-    left = x.rewards[torch.cat([itself, x.rejected])]                            # (K + M,)
-
-    # log Σ e^r of each choice, with the highest score taken out: exp() cannot overflow.
-    top = left.detach().new_zeros(len(itself)).scatter_reduce(
-        0, choice, left.detach(), "amax", include_self=False)                    # (K,)
-    total = common.sum_by((left - top[choice]).exp(), choice, len(itself))       # (K,)
-    return top + total.log() - x.rewards                                         # (K,)  (9)
+    return common.choice_losses(x.rewards, x.chosen, x.rejected)                 # (K,)  (9)
 
 
 def pointwise(x, args):
