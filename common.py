@@ -2213,7 +2213,7 @@ def add_lora(model, args):
 
     torch.manual_seed(args.seed)  # A is random, B is 0: at the start nothing changes
     config = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear",
+        r=args.lora_rank, lora_alpha=args.lora_alpha or 32, target_modules="all-linear",
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM")
     adapter = get_peft_model(model, config)
     model.eval()  # what peft adds is in train mode
@@ -2235,15 +2235,31 @@ def adapter_off(model):
             module.enable_adapters(True)
 
 
-def recompute_layers(model, args):
-    """--gradient-checkpointing: a layer keeps its input alone and runs again in the backward."""
-    if not args.gradient_checkpointing:
-        return
-    if not layers_of(model):
-        fail(f"--gradient-checkpointing: {type(model).__name__} does not say what its layers are.")
-    for layer in layers_of(model):  # transformers' own switch needs train mode, which has dropout
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+def wrap_layers(model, args):
+    """--compile and --gradient-checkpointing: what they do, they do to one layer at a time."""
+    if args.gradient_checkpointing or args.compile:
+        if not layers_of(model):
+            flag = "--compile" if args.compile else "--gradient-checkpointing"
+            fail(f"{flag}: {type(model).__name__} does not say what its layers are.")
+    if args.compile:
+        print("--compile: the first forward takes a minute or more")
+    for layer in layers_of(model):
+        if args.compile:
+            layer.forward = compiled(layer.forward)
+        if args.gradient_checkpointing:  # transformers' switch needs train mode, which has dropout
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compiled(forward):
+    """A layer's forward, compiled once for all shapes. Sampling, with a cache, stays as it is."""
+    fast = torch.compile(forward, dynamic=True)
+
+    @functools.wraps(forward)
+    def call(*args, **kwargs):
+        use = fast if kwargs.get("past_key_values") is None else forward
+        return use(*args, **kwargs)
+    return call
 
 
 def shard(model, args):
@@ -2377,7 +2393,7 @@ def device_memory(device):
 # Flags that may differ between the start of a run and --resume: those that change no result …
 FREE = {
     "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
-    "device", "gradient_checkpointing"}
+    "device", "gradient_checkpointing", "compile"}
 # … and those that a user may change on purpose; it is said, since the run is another one then.
 ANNOUNCED = {"max_steps", "epochs", "learning_rate", "threads"}
 
@@ -2430,6 +2446,8 @@ def check_run(args, names):
         values = value if isinstance(value, list) else [value]
         if any(isinstance(one, str) and (not one.strip() or "\0" in one) for one in values):
             fail(f"--{name.replace('_', '-')}: {values!r:.60} names nothing.")
+    if args.lora_alpha and not args.lora_rank:
+        fail("--lora-alpha: without --lora-rank there is no adapter that it could scale.")
     reads = []
     for name in names:
         value = getattr(args, name)

@@ -174,8 +174,9 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
-    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), help="an adapter's output is scaled by this over its rank (default: 32)")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
+    g.add_argument("--compile", action="store_true", help="compile the layers (training; sampling stays as it is)")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -598,13 +599,15 @@ def means(sums, groups, args):
 
 # --- labels and baselines -------------------------------------------------------------------------
 
-def prepare(groups, account, args, device=None):
+def prepare(groups, account, args):
     """What --loss makes of the rows before they are tokenised → groups."""
     loss = LOSSES[args.loss]
     common.read_soft_labels(groups, args.label_smoothing)
     soft = [g for g in groups if g.p_chosen is not None]
-    if "reward_model" in loss.flags:
-        label_by_reward(groups, args, device)
+    if args.reward_model:                                # it labels those that a step uses, later
+        groups = readable(groups, account, args)
+    elif "reward_model" in loss.flags:
+        label_by_columns(groups, args)
     elif soft and "label_smoothing" not in loss.flags:
         print(f"  --loss {args.loss} reads the column p_chosen of {len(soft):,} rows only to see "
               "which completion is the better one")
@@ -633,45 +636,54 @@ def prepare(groups, account, args, device=None):
     return groups
 
 
-def label_by_reward(groups, args, device):
-    """p_chosen and margin of every pair from two rewards, the better completion first.  (12)
+def label(group, first, second, args):
+    """p_chosen and margin of a pair from its two rewards; the better completion comes first.  (12)"""
+    if first < second:
+        for column in (group.completions, group.completion_ids, group.ended):
+            column.reverse()
+    group.margin = abs(first - second) / args.reward_temperature
+    group.p_chosen = 1 / (1 + math.exp(-min(group.margin, 700)))
 
-    The rewards are those of --reward-model, or the columns score_chosen and score_rejected; for
-    soft the column p_chosen serves, too.
-    """
-    scores = None
-    if args.reward_model:
-        scores = score_rows(groups, args, device).tolist()
-    for i, g in enumerate(groups):
-        if scores:
-            first, second = scores[2 * i:2 * i + 2]
-        elif g.row.get("score_chosen") not in (None, ""):
+
+def label_by_columns(groups, args):
+    """Rewards that stand in the rows: score_chosen and score_rejected, or for soft p_chosen."""
+    for g in groups:
+        if g.row.get("score_chosen") not in (None, ""):
             first = common.number(g.row, "score_chosen", g.where)
             second = common.number(g.row, "score_rejected", g.where)
-        elif args.loss == "soft" and g.p_chosen is not None:
-            continue
-        else:
+            label(g, first, second, args)
+        elif args.loss == "distill" or g.p_chosen is None:
             fail(f"{g.where}: --loss {args.loss} needs rewards: --reward-model DIR, or the columns "
                  "score_chosen and score_rejected that score.py --output writes.")
-        if first < second:
-            g.completions.reverse()
-        g.margin = abs(first - second) / args.reward_temperature
-        g.p_chosen = 1 / (1 + math.exp(-min(g.margin, 700)))
 
 
-def score_rows(groups, args, device):
-    """The scores of --reward-model, which has its own tokeniser and template: (2 · rows,)."""
+def readable(groups, account, args):
+    """The groups that fit the positions of --reward-model."""
+    encoder = common.load_encoder(args.reward_model, chat=args.chat, flag="--reward-model")
+    if encoder.max_positions == math.inf:
+        return groups
+    kept = []
+    for g in tqdm(groups, "measure", unit="row", leave=False, disable=None):
+        if encoder(replace(g)).longest() <= encoder.max_positions:
+            kept.append(g)
+    if len(kept) < len(groups):
+        reason = f"over the {encoder.max_positions} positions of --reward-model"
+        account.dropped[reason] += len(groups) - len(kept)
+    return kept
+
+
+def label_by_model(groups, args, device):
+    """Labels pairs by --reward-model, which has its own tokeniser and template → its hash."""
     encoder = common.load_encoder(args.reward_model, chat=args.chat, flag="--reward-model")
     model = common.load_reward_model(args.reward_model, encoder, device)
     copies = [encoder(replace(g)) for g in groups]
-    for g in copies:
-        if len(g.prompt_ids) + max(map(len, g.completion_ids)) > encoder.max_positions:
-            fail(f"{g.where}: longer than the {encoder.max_positions} positions of --reward-model "
-                 f"{args.reward_model}; leave the row out.")
     packed = common.can_pack(model, copies, reward_scores)
     autocast = common.pick_autocast(args.dtype, device)
-    return for_all(
+    scores = for_all(
         reward_scores, model, copies, args.micro_batch_tokens, packed, autocast, "label pairs")
+    for g, (first, second) in zip(groups, scores.view(-1, 2).tolist()):
+        label(g, first, second, args)
+    return common.model_fingerprint(model)
 
 
 def mismatch(groups, max_length, seed):
@@ -954,10 +966,14 @@ def main(argv=None):
     # --- end shared ---
 
     def prepare_rows(groups, account):
-        return prepare(groups, account, args, device)
+        return prepare(groups, account, args)
 
     train, held_out = common.load_data(args, encoder, usable, max_length, prepare_rows)
+    # --- shared: plan ---
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
+    # Hashes of what the run depends on beside its flags: --resume compares them.
+    depends = {"data_sha256": common.data_fingerprint(train + held_out)}
+    # --- end shared ---
     every = train + held_out
     others = []
     if loss.shift == "mismatched":
@@ -966,12 +982,13 @@ def main(argv=None):
     # Of the rows that no step uses, nothing is computed.
     used = [*plan.used(), *range(len(train), len(every))]
     measured = [every[i] for i in used]
+    if args.reward_model:
+        depends["reward_model_sha256"] = label_by_model(measured, args, device)
     if others:
         measured += [others[i] for i in used]
 
     # The reference is measured before the policy is loaded, or is the policy: never two in memory.
     at_start = None
-    depends = {}                                         # what this run depends on, for --resume
     if args.ref_model:
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
@@ -985,11 +1002,10 @@ def main(argv=None):
         at_start, file = reference_logps(model, measured, held_out, args, autocast)
 
     # --- shared: open the run ---
-    depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
     out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
-    common.recompute_layers(model, args)
+    common.wrap_layers(model, args)
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
     common.shard(model, args)
     optimizer = torch.optim.AdamW(

@@ -178,8 +178,9 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
-    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), help="an adapter's output is scaled by this over its rank (default: 32)")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
+    g.add_argument("--compile", action="store_true", help="compile the layers (training; sampling stays as it is)")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -1115,7 +1116,11 @@ def main(argv=None):
     # + 1: load_data() keeps a prompt that leaves room for one token.
     room = max_length - args.max_new_tokens + 1
     train, held_out = common.load_data(args, encoder, ("prompt",), room)
+    # --- shared: plan ---
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
+    # Hashes of what the run depends on beside its flags: --resume compares them.
+    depends = {"data_sha256": common.data_fingerprint(train + held_out)}
+    # --- end shared ---
 
     rewards = load_rewards(args.reward + args.watch, args, device)
     model = common.load_model(args.model, encoder, device)
@@ -1129,16 +1134,15 @@ def main(argv=None):
     elif args.beta:
         path = args.ref_model or args.model
         reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
-    depends = {"reward_sha256": rewards_fingerprint(args)}   # what else this run depends on
+    depends["reward_sha256"] = rewards_fingerprint(args)
     if args.ref_model:
         depends["reference_sha256"] = common.model_fingerprint(reference)
 
     # --- shared: open the run ---
-    depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
     out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
-    common.recompute_layers(model, args)
+    common.wrap_layers(model, args)
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
     common.shard(model, args)
     optimizer = torch.optim.AdamW(

@@ -167,8 +167,9 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
-    g.add_argument("--lora-alpha", type=within("(0, inf)"), default=32.0, help="an adapter's output is scaled by this over its rank")
+    g.add_argument("--lora-alpha", type=within("(0, inf)"), help="an adapter's output is scaled by this over its rank (default: 32)")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
+    g.add_argument("--compile", action="store_true", help="compile the layers (training; sampling stays as it is)")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
@@ -571,21 +572,23 @@ def main(argv=None):
         args, encoder, usable, max_length, prepare,
         why=" with this --loss (a reward is learnt from comparisons of completions of the same "
         "prompt, or with --loss pointwise from rows with a label)")
+    # --- shared: plan ---
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
+    # Hashes of what the run depends on beside its flags: --resume compares them.
+    depends = {"data_sha256": common.data_fingerprint(train + held_out)}
+    # --- end shared ---
 
     torch.manual_seed(args.seed)                             # a new head is a function of the seed
     model = common.load_reward_model(args.model, encoder, device, "--model", new_head=True)
     if encoder.tokenizer.pad_token_id is None:               # transformers scores no batch without
         encoder.tokenizer.pad_token_id = model.config.pad_token_id
     packed = common.can_pack(model, train, reward_scores)
-    depends = {}                                             # beside data and model: nothing
 
     # --- shared: open the run ---
-    depends["data_sha256"] = common.data_fingerprint(train + held_out)
     depends["model_sha256"] = common.model_fingerprint(model)
     out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
-    common.recompute_layers(model, args)
+    common.wrap_layers(model, args)
     needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
     common.shard(model, args)
     optimizer = torch.optim.AdamW(

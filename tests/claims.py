@@ -310,11 +310,12 @@ def optimum(lab):
     runs = {"start": ref}
     for loss in ("dpo", "soft", "distill", "ipo", "hinge", "simpo"):
         beta = "" if loss == "simpo" else "--beta 0.5"
-        flags = f"--model {ref} --loss {loss} {beta} --max-steps 450 --batch-size 15 --lr 3e-3"
+        flags = f"--model {ref} --loss {loss} {beta} --max-steps 900 --batch-size 15 --lr 1e-3"
         runs[loss] = lab.train("dpo", flags, dataset=pairs)
-    for name, flags in {"grpo, KL in reward": "--loss rloo --kl reward", "grpo, k3": ""}.items():
+    settings = {"grpo, KL in reward": "--loss rloo --kl reward", "grpo, k3": "--kl k3"}
+    for name, flags in settings.items():
         runs[name] = lab.train(
-            "grpo", f"--model {ref} {flags} --beta 0.5 --max-steps 300 --batch-size 3 --group-size "
+            "grpo", f"--model {ref} {flags} --beta 0.5 --max-steps 700 --batch-size 3 --group-size "
             f"64 --lr 3e-3 --max-new-tokens 3 --reward {TABLE}", dataset=asked)
     start = logps(ref, groups).view(3, 6)
     best = (start + torch.tensor(r) / 0.5).softmax(1)

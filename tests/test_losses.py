@@ -3,10 +3,12 @@ what must hold whatever the loss: no dependence on micro-batches, packing and fl
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
@@ -428,3 +430,43 @@ def test_without_a_reference_none_is_measured_for_training(tmp_path, monkeypatch
     monkeypatch.setattr(train_dpo, "for_all", note)
     run(tmp_path / "o", "--loss", "simpo")
     assert seen and max(seen) <= 6                           # held-out prompts only: 54 are trained on
+
+
+def test_a_reward_model_labels_the_rows_that_a_step_uses(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(1)                                     # of its head: it ranks some pairs the other way
+    judge = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1)
+    judge.config.max_position_embeddings = 11
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "judge")
+    measured = []
+
+    def note(measure, model, groups, *rest, for_all=common.for_all):
+        measured.append((measure.__name__, groups))
+        return for_all(measure, model, groups, *rest)
+
+    monkeypatch.setattr(train_dpo, "for_all", note)
+    flags = f"--loss soft --reward-model {tmp_path}/judge --reward-temperature 2 --max-steps 2 --batch-size 8 --save-every 1"
+    flags = f"{flags} --limit 200 --eval-limit 10 --eval-samples 0 --output-dir {tmp_path}/run".split()
+    train_dpo.main(flags)
+    scored, groups = measured[0]
+    assert scored == "reward_scores" and len(groups) == 2 * 8 + 10       # of about 200 rows
+    assert "over the 11 positions of --reward-model" in capsys.readouterr().out
+
+    # The label is σ((r_1 − r_2)/T), and the better completion comes first.
+    encoder = common.load_encoder(tmp_path / "judge")
+    model = common.load_reward_model(tmp_path / "judge", encoder, torch.device("cpu"))
+    trained = measured[1][1]                                             # of these the reference's log-probs
+    scores = common.reward_scores(model, common.pack(trained)).view(-1, 2).double()
+    difference = scores[:, 0] - scores[:, 1]
+    assert difference.min() >= 0
+    assert torch.tensor([g.p_chosen for g in trained]).double().allclose((difference / 2).sigmoid(), atol=1e-4)
+    swapped = sum(g.completions[0] != g.row["chosen"][0]["content"] for g in trained)
+    assert 0 < swapped < len(trained)
+    for g in trained:
+        assert encoder(replace(g)).completion_ids == g.completion_ids    # text and ids have swapped together
+
+    judge.score.weight.data *= 2
+    judge.save_pretrained(tmp_path / "judge")
+    with pytest.raises(SystemExit):
+        train_dpo.main([*flags, "--resume", "--max-steps", "3"])
+    assert "reward_model" in capsys.readouterr().err

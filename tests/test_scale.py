@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import common
+import score
 import train_dpo
 import train_grpo
 import train_rm
@@ -68,6 +70,12 @@ def resume_case(out, to):
     train_rm.main([*CASES["rm"].split(), "--output-dir", str(to), "--resume"])
 
 
+def score_case(base):
+    """score.py: a reward model scores what the toy's policy samples."""
+    flags = f"--policy {TOY}/model --samples 2 --max-new-tokens 4 --limit 12 --reward-model {base}/1/rm"
+    score.main([*flags.split(), "--output", str(base / str(common.world()) / "scored.jsonl")])
+
+
 def torchrun(processes, *command):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc-per-node={processes}", *map(str, command)]
@@ -90,6 +98,7 @@ def runs(tmp_path_factory):
     for name, flags in CASES.items():
         if name != "rm":
             run_case(name, flags, base)
+    score_case(base)
     output, errors = two.communicate(timeout=400)
     assert two.returncode == 0, errors[-3000:]
     return {1: base / "1", 2: base / "2", "output": output}
@@ -116,6 +125,14 @@ def test_two_processes_give_the_numbers_of_one(runs, name):
     assert set(one) == set(two)
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=3e-4)
+
+
+def test_score_gives_the_same_rows_with_two_processes(runs):
+    one, two = (common.read_lines(runs[i] / "scored.jsonl") for i in (1, 2))
+    assert len(one) == len(two) == 24
+    for a, b in zip(one, two):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+        assert a | {"score": 0} == b | {"score": 0}
 
 
 def test_only_the_first_process_prints(runs):
@@ -171,12 +188,36 @@ def test_gradient_checkpointing_keeps_little_and_gives_the_same_gradient(capsys)
     for flags in ([], ["--gradient-checkpointing"]):
         args = train_dpo.parse_args(flags)
         model = common.load_model(TOY / "model", encoder, torch.device("cpu"))
-        common.recompute_layers(model, args)
+        common.wrap_layers(model, args)
         kept.append(common.kept_bytes(model, groups, True, args))
         common.completion_logps(model, common.pack(groups)).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert kept[1] < 0.2 * kept[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("more", ["", " --gradient-checkpointing"])
+def test_compiled_layers_are_one_program_and_give_the_same_gradient(more, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    counter = CompileCounterWithBackend("aot_eager")         # traced as for a GPU, no C++ compiler
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compiler(f, backend=counter, **more))
+    encoder, groups = toy_groups(40)
+    models = []
+    for flags in (more, "--compile" + more):
+        models.append(common.load_model(TOY / "model", encoder, torch.device("cpu")))
+        common.wrap_layers(models[-1], train_dpo.parse_args(flags.split()))
+    for some in (groups[:3], groups[3:10], groups[10:]):     # three shapes
+        for model in models:
+            model.zero_grad()
+            common.completion_logps(model, common.pack(some)).sum().backward()
+        for p, q in zip(*(model.parameters() for model in models)):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    programs = counter.frame_count
+    assert programs <= 3                                     # not one for each shape and layer
+    prompts = [g.prompt_ids for g in groups[:4]]
+    plain, fast = (common.sample(model, prompts, 2, 6, encoder.stops) for model in models)
+    assert [s.ids for s in plain] == [s.ids for s in fast] and counter.frame_count == programs
 
 
 def test_memory_needed_counts_what_is_trained_and_what_is_kept():
@@ -298,6 +339,40 @@ def test_a_coarse_batch_has_few_shapes_at_fixed_addresses():
     assert seen == {(8, 256), (4, 256), (4, 512)} and len(addresses) == 1
 
 
+class Recorded(common.Replay):
+    """Replay with its recording emulated on a CPU: the operators of the second call are recorded
+    on the very tensors that they touched, and repeated by all others, which see no Python."""
+
+    def __init__(self):
+        super().__init__(False)
+        self.replays = 0
+
+    def __call__(self, key, f):
+        if key not in self.recorded:
+            self.recorded[key] = None
+            return f()
+        if self.recorded[key] is None:
+            self.recorded[key] = make_fx(f)()
+        else:
+            self.replays += 1
+        return self.recorded[key]()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_recorded_step_repeats_on_the_same_tensors_what_the_model_does(kind, monkeypatch):
+    model = tiny(kind)
+    prompts = [[5, 6, 7], [9] * 8, [11, 12, 13, 14, 15]]
+    stops = [1, 2]
+    plain = common.sample(model, prompts, 4, 300, stops, coarse=True, seed=1)
+
+    recorder = Recorded()
+    monkeypatch.setattr(common, "Replay", lambda on: recorder)
+    again = common.sample(model, prompts, 4, 300, stops, coarse=True, seed=1)
+    assert [s.ids for s in again] == [s.ids for s in plain]
+    assert recorder.replays > 100 and len(recorder.recorded) > 2
+
+
 def test_two_levels_of_draw_give_the_token_of_one_long_sum():
     torch.manual_seed(0)
     for size in (3, 128, 129, 5000):
@@ -350,6 +425,7 @@ def run_all(base):
     for name, flags in CASES.items():
         run_case(name, flags, base)
     resume_case(base / "1" / "rm", base / "2" / "resumed")
+    score_case(base)
 
     # Weights are shards, and stay so after a forward without a gradient.
     encoder, groups = toy_groups()
