@@ -48,7 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
@@ -1656,10 +1656,10 @@ def for_all(measure, model, groups, budget, packed, autocast, progress):
 def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
     """Whether measure(model, batch), logps or scores, is the same packed and padded: a check.
 
-    Collective. A few groups, at most two completions of each, in one tree (even=∞), in float32: the shortest
-    three in one row, where a state that runs on from tree to tree would show (Mamba); and the
-    longest, where a window that counts by place in the row would (GPT-Neo). Where the two differ
-    one line says that training falls back to padding, slower but correct for any causal LM.
+    Collective. A few groups, at most two completions of each, in one tree (even=∞), in float32: the
+    shortest three in one row, where a state that runs on from tree to tree would show (Mamba); and
+    the longest, where a window that counts by place in the row would (GPT-Neo). Where the two
+    differ one line says that training falls back to padding, slower but correct for any causal LM.
     """
     two = [replace(g, completion_ids=g.completion_ids[:2]) for g in groups if g.completion_ids]
     two.sort(key=Group.tokens)
@@ -2705,22 +2705,71 @@ def save_tensors(tensors, file):
             raise OSError(f"{writing}: {error}") from error
 
 
-def check_checkpoint(state, model, step):
-    """The tensors of a checkpoint: all there, of this step, and of this model's shapes."""
-    if state["extra step"].item() != step or state["extra tensors"].item() != len(state):
-        raise ValueError("tensors are missing or too many, or it is of another step")
-    shapes = []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        weight = state[f"weight {name}"]
-        shapes.append(p.shape)
-        if weight.shape != p.shape or not torch.isfinite(weight).all():
-            raise ValueError(f"{name} has another shape or holds NaN")
-    for key, value in state.items():
-        kind, *i, name = key.split(" ")
-        if kind == "adamw" and name != "step" and value.shape != shapes[int(*i)]:
-            raise ValueError(f"{key} has another shape")
+def save_checkpoint(out, model, optimizer, step, extra):
+    """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
+
+    Tensors are whole, so a run goes on with any number of processes; all of them must call this.
+    extra: name → number, what the loop remembers besides. No random state is kept: every random
+    draw is a function of the seed and the step. The checkpoint before this one stays too, and
+    weights that are not finite take nobody's place.
+    """
+    tensors = {f"weight {name}": p for name, p in trained(model).items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            tensors[f"adamw {i} {name}"] = value
+    state = collect(tensors.items())
+    for name, value in (extra | {"step": step, "tensors": len(state) + len(extra) + 2}).items():
+        state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
+    if rank():
+        return
+    folder = out / "checkpoint"
+    file = folder / f"step-{step}.safetensors"
+    done, before = newest_checkpoint(out)
+    kept = f"--resume goes on from step {done}" if done else "there is no checkpoint before it"
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+        fail(f"step {step}: the weights are no longer finite numbers, so they are not saved; "
+             f"{kept}, with a lower --lr.")
+    try:
+        save_tensors(state, file)
+    except OSError as error:
+        fail(f"step {step}: the checkpoint cannot be written ({first_line(error)}); {kept}.")
+    for old in folder.glob("step-*.safetensors"):
+        if old not in (before, file):
+            old.unlink()
+
+
+def load_checkpoint(out, model, optimizer):
+    """Restores model and optimizer from the newest checkpoint of a run directory → extra."""
+    done, file = newest_checkpoint(out)
+    with failing(f"--resume: the checkpoint {file} cannot be read; without it, that of an earlier "
+                 "step is taken"):
+        state = load_file(file)
+    weights = trained(model)
+    in_order = list(weights.values())                        # as the optimizer numbers them
+    restored = set()
+    moments = {}
+    extra = {}
+    with failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
+        for key, value in state.items():
+            kind, *i, name = key.split(" ")
+            if kind == "extra":
+                extra[name] = value.item()
+                continue
+            p = weights[name] if kind == "weight" else in_order[int(*i)]
+            if name != "step" and (value.shape != p.shape or not torch.isfinite(value).all()):
+                raise ValueError(f"{key} has another shape or holds NaN")
+            if kind == "weight":
+                p.copy_(part(value, p))
+                restored.add(name)
+            else:
+                moments.setdefault(int(*i), {})[name] = part(value, p)
+        # What the file says of itself.
+        complete = extra.pop("tensors") == len(state) and restored == set(weights)
+        if extra.pop("step") != done or not complete:
+            raise ValueError("tensors are missing or too many, or it is of another step")
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return extra
 
 
 def describe_run(model, train, held_out, plan, args, packed, needed):

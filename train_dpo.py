@@ -876,8 +876,8 @@ def eval_line(step, result, expected=None):
     return line
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-# --- shared: checkpoints ---
+# --- the schedule ---------------------------------------------------------------------------------
+# --- shared: schedule ---
 
 def lr_at(step, steps, args):
     """Learning rate of update `step` (from 0): linear warm-up, then the schedule, 0 at `steps`."""
@@ -887,64 +887,6 @@ def lr_at(step, steps, args):
     done = (step - warmup) / max(1, steps - warmup)                              # 0 … 1
     decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return args.learning_rate * decay[args.lr_schedule]
-
-
-def save_checkpoint(out, model, optimizer, step, extra):
-    """Weights and AdamW's state after `step` updates, in one file that is renamed into place whole.
-
-    Tensors are whole, so a run goes on with any number of processes; all of them must call this.
-    extra: name → number, what the loop remembers besides. No random state is kept: every random
-    draw is a function of the seed and the step. The checkpoint before this one stays too, and
-    weights that are not finite take nobody's place.
-    """
-    tensors = {f"weight {name}": p for name, p in common.trained(model).items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        for name, value in moments.items():
-            tensors[f"adamw {i} {name}"] = value
-    state = common.collect(tensors.items())
-    for name, value in (extra | {"step": step, "tensors": len(state) + len(extra) + 2}).items():
-        state[f"extra {name}"] = torch.tensor(value, dtype=torch.float64)
-    if common.rank():
-        return
-    folder = out / "checkpoint"
-    file = folder / f"step-{step}.safetensors"
-    done, before = common.newest_checkpoint(out)
-    kept = f"--resume goes on from step {done}" if done else "there is no checkpoint before it"
-    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
-        fail(f"step {step}: the weights are no longer finite numbers, so they are not saved; "
-             f"{kept}, with a lower --lr.")
-    try:
-        common.save_tensors(state, file)
-    except OSError as error:
-        fail(f"step {step}: the checkpoint cannot be written ({common.first_line(error)}); {kept}.")
-    for old in folder.glob("step-*.safetensors"):
-        if old not in (before, file):
-            old.unlink()
-
-
-def load_checkpoint(out, model, optimizer):
-    """Restores model and optimizer from the newest checkpoint of a run directory → extra."""
-    done, file = common.newest_checkpoint(out)
-    with common.failing(f"--resume: the checkpoint {file} cannot be read; without it, that of an "
-                        "earlier step is taken"):
-        state = load_file(file)
-    moments = {}
-    extra = {}
-    with common.failing(f"--resume: the checkpoint {file} is not of this run"), torch.no_grad():
-        common.check_checkpoint(state, model, done)
-        for name, p in common.trained(model).items():
-            p.copy_(common.part(state.pop(f"weight {name}"), p))
-        shards = list(common.trained(model).values())        # in the optimizer's order
-        for key, value in state.items():
-            kind, *i, name = key.split(" ")
-            if kind == "extra":
-                extra[name] = value.item()
-            else:
-                moments.setdefault(int(*i), {})[name] = common.part(value, shards[int(*i)])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    del extra["step"], extra["tensors"]                      # what the file says of itself
-    return extra
 
 
 # --- end shared ---
@@ -1011,7 +953,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(
         common.trained(model).values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
         weight_decay=args.weight_decay, fused=device.type != "mps")
-    extra = load_checkpoint(out, model, optimizer) if start else {}
+    extra = common.load_checkpoint(out, model, optimizer) if start else {}
     evaluated = common.first(common.open_logs, out, start, args, depends)
     common.describe_run(model, train, held_out, plan, args, packed, needed)
     # --- end shared ---
@@ -1081,7 +1023,7 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
         grad_norm = common.whole(grad_norm)
         if not torch.isfinite(grad_norm):
-            save_checkpoint(out, model, optimizer, step, extra)
+            common.save_checkpoint(out, model, optimizer, step, extra)
             fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
                  "state before it is saved: --resume with a lower --lr goes on from there.")
         for g in optimizer.param_groups:
@@ -1112,7 +1054,7 @@ def main(argv=None):
         late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
         stop = any(common.gather(bool(stopped)))
         if last or stop or asked or late:
-            save_checkpoint(out, model, optimizer, step + 1, extra)
+            common.save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()
         if held_out and due(step + 1):
             look(step + 1, show=3 * last)

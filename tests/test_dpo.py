@@ -478,10 +478,10 @@ def test_a_checkpoint_is_written_every_ten_minutes_unasked(tmp_path, monkeypatch
     monkeypatch.setattr(train_dpo, "SAVE_SECONDS", 0)
     steps = []
 
-    def note(out, model, optimizer, step, extra, save=train_dpo.save_checkpoint):
+    def note(out, model, optimizer, step, extra, save=common.save_checkpoint):
         steps.append(step)
         save(out, model, optimizer, step, extra)
-    monkeypatch.setattr(train_dpo, "save_checkpoint", note)
+    monkeypatch.setattr(common, "save_checkpoint", note)
     run(tmp_path / "o", "--max-steps", 3)
     assert steps == [1, 2, 3]
     assert {f.name for f in (tmp_path / "o/checkpoint").iterdir()} == {"step-2.safetensors", "step-3.safetensors"}

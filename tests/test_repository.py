@@ -16,7 +16,7 @@ def shared_blocks(name):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_shared_blocks_are_the_same_text_in_every_trainer(name):
     blocks = shared_blocks("train_dpo.py")
-    assert set(blocks) == {"flags", "checkpoints", "setup", "plan", "open the run", "before the loop", "update", "log", "save and evaluate"}
+    assert set(blocks) == {"flags", "schedule", "setup", "plan", "open the run", "before the loop", "update", "log", "save and evaluate"}
     assert shared_blocks(name) == blocks
 
 
