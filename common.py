@@ -1878,15 +1878,18 @@ class Room(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, stay):
+        rows = len(stay)
         used = self.keys.shape[-2]
+        now = (self.keys, self.values)
         if self.room is None:
-            _, heads, _, d = self.keys.shape
             make = self.keys.new_empty if self.column is None else self.keys.new_zeros  # no NaN
-            self.room = [make(len(stay), heads, self.length, old.shape[-1])
-                         for old in (self.keys, self.values)]
-        for room, now in zip(self.room, (self.keys, self.values)):
-            room[:len(stay), :, :used] = now[stay]
-        self.view(len(stay), used)
+            self.room = [make(rows, k.shape[1], self.length, k.shape[3]) for k in now]
+            for room, old in zip(self.room, now):            # straight into its place
+                torch.index_select(old, 0, stay, out=room[:rows, :, :used])
+        else:
+            for room, old in zip(self.room, now):
+                room[:rows, :, :used] = old.index_select(0, stay)
+        self.view(rows, used)
 
 
 class Replay:
