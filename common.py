@@ -58,7 +58,7 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
     GenerationConfig)
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -713,6 +713,9 @@ def read_soft_labels(groups, label_smoothing):
                      "would be better.")
         if g.row.get("p_chosen") in (None, ""):
             continue
+        if g.scores != [1, 0]:
+            fail(f"{g.where}: column 'p_chosen' belongs to a pair; --columns unused=p_chosen takes "
+                 "it away.")
         if label_smoothing:
             fail(f"{g.where}: rows with p_chosen carry their own label noise; drop "
                  "--label-smoothing.")
@@ -1041,12 +1044,12 @@ def conflicting(groups):
 def load_groups(source, args, encoder, usable, max_length, what, prepare=None, why=""):
     """Rows of a source → tokenised groups. Prints the account and one example with its boundary.
 
-    prepare(groups, account) → groups: what the caller checks and drops before tokenising.
+    prepare(groups, account, args) → groups: what the caller checks and drops before tokenising.
     """
     groups, account = read_groups(
         source, usable, args.split, args.columns, args.limit, args.prefer, why)
     if prepare:
-        groups = prepare(groups, account)
+        groups = prepare(groups, account, args)
     groups = tokenise(groups, account, encoder, max_length, args.overlong, f"tokenise {what}")
     account.conflicts = conflicting(groups)
     print(f"{what}: {account}")
@@ -2240,10 +2243,9 @@ def adapter_off(model):
 
 def wrap_layers(model, args):
     """--compile and --gradient-checkpointing: what they do, they do to one layer at a time."""
-    if args.gradient_checkpointing or args.compile:
-        if not layers_of(model):
-            flag = "--compile" if args.compile else "--gradient-checkpointing"
-            fail(f"{flag}: {type(model).__name__} does not say what its layers are.")
+    if (args.gradient_checkpointing or args.compile) and not layers_of(model):
+        fail(f"--gradient-checkpointing, --compile: {type(model).__name__} does not say what its "
+             "layers are.")
     if args.compile:
         print("--compile: the first forward takes a minute or more")
     for layer in layers_of(model):
@@ -2260,8 +2262,8 @@ def compiled(forward):
 
     @functools.wraps(forward)
     def call(*args, **kwargs):
-        use = fast if kwargs.get("past_key_values") is None else forward
-        return use(*args, **kwargs)
+        cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        return (forward if cached else fast)(*args, **kwargs)
     return call
 
 
@@ -2478,7 +2480,7 @@ def check_run(args, names):
     check_paths(reads, [("--output-dir", args.output_dir)])
     if args.resume and newest_checkpoint(out)[1] is None:
         fail(f"--resume: there is no checkpoint in {out / 'checkpoint'}.")
-    if (out / "lock").exists():
+    if (out / "lock").exists() and os.environ.get("RANK", "0") == "0":
         lock(out)
 
 
@@ -2831,7 +2833,6 @@ def save_model(out, model, tokenizer, adapter=None):
         if adapter:
             adapter.save_pretrained(
                 writing / "adapter", state_dict=alone, save_embedding_layers=False)
-            (out / "adapter").mkdir(exist_ok=True)
         files = [file for file in writing.rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: file == writing / "config.json"):
             (out / file.relative_to(writing)).parent.mkdir(exist_ok=True)

@@ -170,7 +170,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=within("[0, inf)"), default=0.0, help="AdamW's")
     g.add_argument("--max-grad-norm", type=within("[0, inf)"), default=1.0, help="clip the gradient's norm (0 = never)")
     g.add_argument("--eval-every", type=natural, default=0, help="steps between evaluations (0 = start and end only)")
-    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
+    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints, besides one every ten minutes")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
@@ -386,7 +386,7 @@ def apo_down(x, args):
 
 
 def distill(x, args):
-    """(βh − (r_1 − r_2))², regression on a reward model's difference (arXiv 2405.19316)   (13)
+    """(βh − (r_1 − r_2)/T)², regression on a reward model's difference (arXiv 2405.19316)  (13)
 
     Token sums. Its minimum is (3) with the reward model's r.  REBEL (arXiv 2404.16767) is this with
     π_ref replaced by the policy of the step before, on its own samples.
@@ -602,18 +602,23 @@ def means(sums, groups, args):
 def prepare(groups, account, args):
     """What --loss makes of the rows before they are tokenised → groups."""
     loss = LOSSES[args.loss]
-    common.read_soft_labels(groups, args.label_smoothing)
-    soft = [g for g in groups if g.p_chosen is not None]
     if args.reward_model:                                # it labels those that a step uses, later
         groups = readable(groups, account, args)
     elif "reward_model" in loss.flags:
         label_by_columns(groups, args)
-    elif soft and "label_smoothing" not in loss.flags:
-        print(f"  --loss {args.loss} reads the column p_chosen of {len(soft):,} rows only to see "
-              "which completion is the better one")
-    elif args.loss == "robust" and any(g.p_chosen == 0.5 for g in soft):
-        fail(f"{account.source}: --loss robust divides by 2 p_chosen − 1, which is 0 in a row.")
+    else:
+        common.read_soft_labels(groups, args.label_smoothing)
+        soft = [g for g in groups if g.p_chosen is not None]
+        if soft and "label_smoothing" not in loss.flags:
+            print(f"  --loss {args.loss} reads the column p_chosen of {len(soft):,} rows only to "
+                  "see which completion is the better one")
+        elif args.loss == "robust" and any(g.p_chosen == 0.5 for g in soft):
+            fail(f"{account.source}: --loss robust divides by 2 p_chosen − 1, which is 0 in a row.")
 
+    ranked = [g for g in groups if len(g.scores) < 2 or len(set(g.scores)) > 1]
+    if len(ranked) < len(groups):
+        account.dropped["where no completion is better than another"] = len(groups) - len(ranked)
+        groups = ranked
     if args.loss == "sft":
         kept = [g for g in groups if g.scores != [0]]    # no use for a bad completion …
         if len(kept) < len(groups):
@@ -642,19 +647,27 @@ def label(group, first, second, args):
         for column in (group.completions, group.completion_ids, group.ended):
             column.reverse()
     group.margin = abs(first - second) / args.reward_temperature
-    group.p_chosen = 1 / (1 + math.exp(-min(group.margin, 700)))
+    group.p_chosen = 1 / (1 + math.exp(-group.margin))
 
 
 def label_by_columns(groups, args):
     """Rewards that stand in the rows: score_chosen and score_rejected, or for soft p_chosen."""
+    unscored = []
     for g in groups:
-        if g.row.get("score_chosen") not in (None, ""):
-            first = common.number(g.row, "score_chosen", g.where)
-            second = common.number(g.row, "score_rejected", g.where)
-            label(g, first, second, args)
-        elif args.loss == "distill" or g.p_chosen is None:
+        if g.row.get("score_chosen") in (None, ""):
+            unscored.append(g)
+            continue
+        first = common.number(g.row, "score_chosen", g.where)
+        second = common.number(g.row, "score_rejected", g.where)
+        label(g, first, second, args)
+
+    common.read_soft_labels(unscored, 0.0)
+    for g in unscored:
+        if args.loss == "distill" or g.p_chosen is None:
             fail(f"{g.where}: --loss {args.loss} needs rewards: --reward-model DIR, or the columns "
                  "score_chosen and score_rejected that score.py --output writes.")
+        if args.reward_temperature != 1:
+            fail(f"{g.where}: --reward-temperature divides rewards, and this row has p_chosen only.")
 
 
 def readable(groups, account, args):
@@ -662,13 +675,14 @@ def readable(groups, account, args):
     encoder = common.load_encoder(args.reward_model, chat=args.chat, flag="--reward-model")
     if encoder.max_positions == math.inf:
         return groups
-    kept = []
-    for g in tqdm(groups, "measure", unit="row", leave=False, disable=None):
-        if encoder(replace(g)).longest() <= encoder.max_positions:
-            kept.append(g)
+    views = [replace(g) for g in groups]
+    own = replace(account, dropped=Counter())
+    fits = common.tokenise(views, own, encoder, encoder.max_positions, progress="measure")
+    fits = set(map(id, fits))
+    kept = [g for g, view in zip(groups, views) if id(view) in fits]
     if len(kept) < len(groups):
         reason = f"over the {encoder.max_positions} positions of --reward-model"
-        account.dropped[reason] += len(groups) - len(kept)
+        account.dropped[reason] = len(groups) - len(kept)
     return kept
 
 
@@ -706,7 +720,7 @@ def mismatch(groups, max_length, seed):
     return others
 
 
-def reference_logps(model, groups, held_out, args, autocast):
+def reference_logps(model, fingerprint, groups, held_out, args, autocast):
     """What is measured once, at the start → tensors, and the file of --output-dir that keeps them.
 
     logps (N,): log π_ref of the completions of these groups, NaN for others; 0 for a loss without
@@ -716,14 +730,14 @@ def reference_logps(model, groups, held_out, args, autocast):
     model, every token id (so tokeniser, template, lengths and rows), the dtype.
     """
     reference = LOSSES[args.loss].reference
-    parts = [common.model_fingerprint(model), common.data_fingerprint(groups + held_out)]
+    parts = [fingerprint, common.data_fingerprint(groups + held_out)]
     parts += [args.dtype, next(model.parameters()).device.type, str(reference)]
     name = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
     file = Path(args.output_dir) / "ref_logps" / f"{name}.safetensors"
     if common.first(file.exists):
         print(f"reference log-probs: read from {file}")
         with common.failing(f"{file}: cannot be read; without it they are computed again"):
-            return load_file(file), file
+            return common.first(load_file, file), file
 
     packed = common.can_pack(model, groups)
     budget = args.micro_batch_tokens
@@ -742,7 +756,8 @@ def reference_logps(model, groups, held_out, args, autocast):
 # --- evaluation -----------------------------------------------------------------------------------
 
 def change(groups, now, start):
-    """How the log-probs of the held-out chosen completions moved since the start.
+    """How the log-probs of the held-out chosen completions moved since the start, or from those of
+    --ref-model.
 
     now, start: (T,) per token. Where both log-probs fall, it is mostly the opening phrase that
     does.
@@ -753,12 +768,11 @@ def change(groups, now, start):
     for part in (now - start).split(lengths.tolist()):
         opening.append(torch.stack([part[:first].sum(), part[first:].sum()]))
     opening, rest = torch.stack(opening).T               # (N,) each
-    best = []
-    row = 0
+    best = []                                            # of each prompt, but no bad single one
     for g in groups:
-        best.append(row + max(range(len(g.completion_ids)), key=lambda k: (g.scores or [1])[k]))
-        row += len(g.completion_ids)
-    best = [i for i, g in zip(best, groups) if g.scores != [0]]
+        if g.scores != [0]:
+            k = g.scores.index(max(g.scores)) if g.scores else 0
+            best.append(g.index[k] - groups[0].index[0])
     if not best:
         return {}
 
@@ -791,9 +805,9 @@ def evaluate(
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     logps = common.sum_by(tokens, owner, len(lengths))
     sums = micro_loss(logps, at_start["logps"], shift, groups, args)[1]
-    result = means(sums, groups, args) | {"n": len(groups)}
-    result |= change(groups, tokens, at_start["tokens"])
     pairs = compare(groups)
+    result = means(sums, groups, args) | {"n": len(pairs.better) or len(groups)}
+    result |= change(groups, tokens, at_start["tokens"])
     if len(pairs.better):                                # pairs of one prompt: not independent
         ratio = logps - at_start["logps"][[i for g in groups for i in g.index]]
         margin = (args.beta or 1.0) * (ratio[pairs.better] - ratio[pairs.worse])
@@ -848,6 +862,8 @@ def own_kl(model, encoder, own, args, packed, autocast):
     if args.ref_model or not args.lora_rank:
         path = args.ref_model or args.model
         reference = common.load_model(path, encoder, device, "--ref-model")
+    if args.ref_model:
+        packed = packed and common.can_pack(reference, own)
     with common.adapter_off(reference):
         theirs = for_all(completion_logps, reference, own, budget, packed, autocast, "KL")
     ratio = (ours - theirs).double()
@@ -907,10 +923,7 @@ def main(argv=None):
     max_length = common.fitting_length(args, encoder)
     # --- end shared ---
 
-    def prepare_rows(groups, account):
-        return prepare(groups, account, args)
-
-    train, held_out = common.load_data(args, encoder, usable, max_length, prepare_rows)
+    train, held_out = common.load_data(args, encoder, usable, max_length, prepare)
     # --- shared: plan ---
     plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
     # Hashes of what the run depends on beside its flags: --resume compares them.
@@ -930,21 +943,21 @@ def main(argv=None):
         measured += [others[i] for i in used]
 
     # The reference is measured before the policy is loaded, or is the policy: never two in memory.
-    at_start = None
+    options = (measured, held_out, args, autocast)
     if args.ref_model:
         other = common.load_encoder(args.ref_model, flag="--ref-model")
         common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
         reference = common.load_model(args.ref_model, encoder, device, "--ref-model")
-        at_start, file = reference_logps(reference, measured, held_out, args, autocast)
         depends["reference_sha256"] = common.model_fingerprint(reference)
+        at_start, file = reference_logps(reference, depends["reference_sha256"], *options)
         del reference
     model = common.load_model(args.model, encoder, device)
     packed = common.can_pack(model, train)
-    if at_start is None:
-        at_start, file = reference_logps(model, measured, held_out, args, autocast)
+    depends["model_sha256"] = common.model_fingerprint(model)
+    if not args.ref_model:
+        at_start, file = reference_logps(model, depends["model_sha256"], *options)
 
     # --- shared: open the run ---
-    depends["model_sha256"] = common.model_fingerprint(model)
     out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
     common.wrap_layers(model, args)

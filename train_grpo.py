@@ -173,7 +173,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=within("[0, inf)"), default=0.0, help="AdamW's")
     g.add_argument("--max-grad-norm", type=within("[0, inf)"), default=1.0, help="clip the gradient's norm (0 = never)")
     g.add_argument("--eval-every", type=natural, default=0, help="steps between evaluations (0 = start and end only)")
-    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
+    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints, besides one every ten minutes")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
@@ -1075,12 +1075,12 @@ def main(argv=None):
     elif args.beta:
         path = args.ref_model or args.model
         reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
+    depends["model_sha256"] = common.model_fingerprint(model)
     depends["reward_sha256"] = rewards_fingerprint(args)
     if args.ref_model:
         depends["reference_sha256"] = common.model_fingerprint(reference)
 
     # --- shared: open the run ---
-    depends["model_sha256"] = common.model_fingerprint(model)
     out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
     common.wrap_layers(model, args)
@@ -1095,6 +1095,8 @@ def main(argv=None):
     # --- end shared ---
     if reference is not None and reference is not model:
         common.shard(reference, args)
+        size = sum(p.numel() for p in reference.parameters()) * 4 / common.world()
+        print(f"  and {size / 2 ** 30:.2f} GiB for the reference")
     trained = ", ".join(list(rewards)[:len(args.reward)])
     watched = ", ".join(list(rewards)[len(args.reward):]) or "none"
     print(f"  {args.group_size} completions of each prompt; rewards: {trained}; watched: {watched}")

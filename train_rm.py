@@ -162,7 +162,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=within("[0, inf)"), default=0.0, help="AdamW's")
     g.add_argument("--max-grad-norm", type=within("[0, inf)"), default=1.0, help="clip the gradient's norm (0 = never)")
     g.add_argument("--eval-every", type=natural, default=0, help="steps between evaluations (0 = start and end only)")
-    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints (0 = every ten minutes)")
+    g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints, besides one every ten minutes")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
     g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
@@ -488,7 +488,7 @@ def main(argv=None):
     loss = LOSSES[args.loss]
     usable = [name for name, row in FORMATS.items() if row.gives in loss.gives]
 
-    def prepare(groups, account):
+    def prepare(groups, account, args):
         """What this loss makes of the rows, before they are tokenised."""
         columns = loss.columns if FORMATS[account.format].gives == "pair" else ()
         refused = [name for name in ("p_chosen", "margin") if name not in columns]
@@ -524,9 +524,9 @@ def main(argv=None):
     if encoder.tokenizer.pad_token_id is None:               # transformers scores no batch without
         encoder.tokenizer.pad_token_id = model.config.pad_token_id
     packed = common.can_pack(model, train, reward_scores)
+    depends["model_sha256"] = common.model_fingerprint(model)
 
     # --- shared: open the run ---
-    depends["model_sha256"] = common.model_fingerprint(model)
     out, start = common.first(common.open_run, args, len(plan), depends)
     adapter = common.add_lora(model, args)
     common.wrap_layers(model, args)

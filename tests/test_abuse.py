@@ -498,6 +498,13 @@ def test_a_stale_lock_is_taken_over(world, tmp_path):
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "lock").exists()
 
 
+def test_of_several_processes_only_the_first_takes_a_stale_lock(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("4194304\n")
+    monkeypatch.setenv("RANK", "1")
+    train_rm.parse_args(["--output-dir", str(tmp_path)])
+    assert not common.HELD
+
+
 OPERATIONS = [(os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir"), (common, "save_file"), (Path, "write_text"), (Path, "unlink"), (Path, "mkdir"), (Path, "rmdir")]
 
 

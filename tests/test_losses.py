@@ -377,11 +377,41 @@ def run(out, *flags):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """The toy's pairs with the columns that score.py writes."""
+    """The toy's pairs with all the columns that score.py writes; in a third of them the reward prefers `rejected`."""
     file = tmp_path_factory.mktemp("scored") / "p.jsonl"
     rows = [json.loads(line) for line in (TOY / "pairs.jsonl").read_text().splitlines()[:60]]
-    file.write_text("".join(json.dumps(r | {"score_chosen": 1.0 + i % 3, "score_rejected": 1.5}) + "\n" for i, r in enumerate(rows)))
+    lines = []
+    for i, row in enumerate(rows):
+        first = 1.0 + i % 3
+        row |= {"score_chosen": first, "score_rejected": 1.5, "p_chosen": float(sigma(torch.tensor(first - 1.5)))}
+        lines.append(json.dumps(row) + "\n")
+    file.write_text("".join(lines))
     return file
+
+
+@pytest.mark.parametrize("loss", ["soft", "distill"])
+def test_the_completion_with_the_higher_reward_comes_first_whatever_else_the_row_says(loss, scored):
+    groups, account = common.read_groups(str(scored), PAIRS)
+    for g in train_dpo.prepare(groups, account, parse_args(["--loss", loss])):
+        by_reward = {"chosen": g.row["score_chosen"], "rejected": g.row["score_rejected"]}
+        best = max(by_reward, key=by_reward.get)
+        assert g.completions[0] == g.row[best][0]["content"]
+        assert g.p_chosen == pytest.approx(float(sigma(torch.tensor(abs(g.row["score_chosen"] - 1.5)))))
+
+
+def test_p_chosen_of_a_list_is_refused_and_lists_without_a_winner_are_dropped(tmp_path, capsys):
+    file = tmp_path / "lists.jsonl"
+    best = {"prompt": "1+1", "completions": ["2", "3", "4"], "scores": [3, 2, 1]}
+    equal = best | {"prompt": "1+2", "scores": [1, 1, 1]}
+    file.write_text(json.dumps(best) + "\n" + json.dumps(equal) + "\n")
+    groups, account = common.read_groups(str(file), ["ranked list"])
+    assert len(train_dpo.prepare(groups, account, parse_args([]))) == 1
+    assert account.dropped == {"where no completion is better than another": 1}
+
+    file.write_text(json.dumps(best | {"p_chosen": 0.2}) + "\n")
+    with pytest.raises(SystemExit):
+        main(["--dataset", str(file), "--output-dir", str(tmp_path / "run")])
+    assert "'p_chosen' belongs to a pair" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", LOSSES)

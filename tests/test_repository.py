@@ -1,4 +1,5 @@
 """What holds for the repository as a whole: shared text is the same text, every flag is read, the README speaks of what is there."""
+import difflib
 import re
 from pathlib import Path
 
@@ -52,3 +53,13 @@ def test_readme_names_only_flags_and_files_that_exist():
         assert (ROOT / file).exists() or (ROOT / "tests/toy" / file).exists() or file in made, file
     assert "@" not in re.sub(r"pass@\w", "", readme)         # no placeholder left
     assert not re.findall(r"RECIPE\d|[A-Z]_RESULTS|\| \? \|", readme)
+
+
+def test_the_diff_of_two_loops_is_the_one_that_the_readme_shows():
+    loops = []
+    for name in ("train_rm.py", "train_dpo.py"):
+        loop = (ROOT / name).read_text().partition("    # --- loop\n")[2].partition("    # --- save\n")[0]
+        loops.append([line.strip() for line in loop.splitlines()])
+    real = [line for line in difflib.ndiff(*loops) if line[0] in "+-"]
+    shown = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1].splitlines()
+    assert sorted(line[0] + line[2:] for line in real) == sorted(line[0] + line[1:].strip() for line in shown)
