@@ -451,7 +451,7 @@ def text_or_messages(row, names, where):
 def number(row, column, where, low=-math.inf, high=math.inf):
     """The finite number in a column (CSV text counts), or an error that names the row."""
     try:
-        value = float(row[column])
+        value = float(row[either(row, column, where)])
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and low <= value <= high):
@@ -567,7 +567,8 @@ def read_response(row, where, prefer):
     completion = text_or_messages(row, name, where)
     if name == "answer":  # here it is what was said, elsewhere what would be correct
         row = {column: value for column, value in row.items() if column != "answer"}
-    return Group(where, prompt, [completion], row)
+    cut = str(row.get("cut")).lower() == "true"              # score.py says so of its samples
+    return Group(where, prompt, [completion], row, ended=[False] if cut else [])
 
 
 def read_prompt(row, where, prefer):
@@ -785,7 +786,7 @@ class Encoder:
 
         # Some tokenisers put a space before whatever they encode, see continuation() and decode().
         self.adds_space = self.continuation("ab") != self.plain("ab")
-        self.decode_anchor = [] if tokenizer.chat_template else self.continuation("a")
+        self.decode_anchor = self.continuation("a")
 
     def find_turn_end(self):
         """Id of the first control token that the template writes after a completion, or None."""
@@ -822,7 +823,8 @@ class Encoder:
         """Chat template → text. What only looks like a control token stands between MARKs."""
         if self.tokenizer.chat_template is None:
             fail(f"{where}: chat messages, but the tokeniser in {self.tokenizer.name_or_path} has "
-                 "no chat template; give one with --chat-template FILE.")
+                 "no chat template; give one with --chat-template FILE (a reward model: in its "
+                 "training).")
         marked = []
         for message in messages:
             if MARK in message["content"]:
@@ -946,16 +948,16 @@ class Encoder:
         return self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def decode(self, ids):
+    def decode(self, ids, chat=False):
         """Text of sampled ids as a reward function sees it: as written, without the end token.
 
         SentencePiece-like decoders drop a space at the start: right for a text, wrong for a
-        completion, which is decoded behind an "a". Not where there is a chat template: those write
-        that space themselves.
+        completion, which is decoded behind an "a". Not in a chat: its template writes that space.
         """
         if ids and ids[-1] in self.stops:
             ids = ids[:-1]
-        return self.text(self.decode_anchor + ids).removeprefix(self.text(self.decode_anchor))
+        anchor = [] if chat else self.decode_anchor
+        return self.text(anchor + ids).removeprefix(self.text(anchor))
 
     def show(self, group, width=160):
         """One group as `prompt ▸ completion`, control tokens visible, long texts shortened."""
@@ -1625,7 +1627,7 @@ def reward_scores(model, batch):
     batch = batch.to(next(model.parameters()).device)
     hidden = hidden_states(model, batch)[batch.last]         # (K, d)
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.float())[:, 0]
+        return model.score(hidden.float())[:, 0].clone()     # of a view FSDP warns
 
 
 @torch.no_grad()
@@ -1777,14 +1779,10 @@ def load_reward_model(path, encoder, device, flag="--reward-model", new_head=Fal
     model keeps its own. For scoring a missing head is an error, since a random one would give
     numbers that look like scores.
     """
-    config = read_config(path, flag)
-    names = config.architectures or ["an unknown model"]
-    trained = any("SequenceClassification" in name for name in names)
-    if trained and config.num_labels != 1:
-        fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
+    trained = has_reward_head(path, flag)
     if not trained and not new_head:
-        fail(f"{flag} {path} is {names[0]}, not a reward model: its head would be random; train "
-             "one with train_rm.py.")
+        fail(f"{flag} {path} is a language model, not a reward model: its head would be random; "
+             "train one with train_rm.py.")
 
     new = () if trained else ("score.",)
     model = load_weights(
@@ -1795,6 +1793,15 @@ def load_reward_model(path, encoder, device, flag="--reward-model", new_head=Fal
     pad_id = encoder.tokenizer.pad_token_id
     model.config.pad_token_id = encoder.eos if pad_id is None else pad_id
     return model
+
+
+def has_reward_head(path, flag):
+    """Whether a model says that it has a head for one score; one for several is an error."""
+    config = read_config(path, flag)
+    trained = any("SequenceClassification" in name for name in config.architectures or [])
+    if trained and config.num_labels != 1:
+        fail(f"{flag} {path}: its head has {config.num_labels} outputs, a reward model has one.")
+    return trained
 
 
 def check_statistics(config, what):
@@ -2902,8 +2909,11 @@ def run(main):
         raise SystemExit(130)
     except (OSError, MemoryError, RecursionError, torch.OutOfMemoryError) as error:
         fail(f"{first_line(error)}.")
-    except RuntimeError as error:                            # torch's word for it on the CPU
-        if "memory" not in str(error):
+    except RuntimeError as error:
+        if world() > 1 and ("gloo" in str(error) or isinstance(error, dist.DistBackendError)):
+            fail("another process of this run has ended; --resume goes on from the newest "
+                 "checkpoint.")
+        if "memory" not in str(error):                       # torch's word for it on the CPU
             raise
         fail(f"not enough memory ({first_line(error)}); a smaller --micro-batch-tokens needs "
              "less.")

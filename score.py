@@ -221,8 +221,8 @@ def check_flags(args, error):
         error("--keep-chosen needs --pairs")
     if args.select and not (args.output and args.samples > 1):
         error("--select needs --policy, --samples above 1 and --output")
-    if args.rso_keep and (args.select != "rso" or args.rso_keep > args.samples):
-        error("--rso-keep goes with --select rso and is at most --samples")
+    if args.rso_keep and (args.select != "rso" or args.rso_keep >= args.samples):
+        error("--rso-keep goes with --select rso and is below --samples: of as many, all are kept")
     if args.pairs and args.policy and args.samples < 2 and not args.keep_chosen:
         error("--pairs needs two completions of a prompt: --samples 2 or more, or --keep-chosen")
 
@@ -425,9 +425,9 @@ class Completion:
     log_ratio: float | None = None  # log π(y)/π_ref(y) of a sampled completion (6)
     view: Group | None = None       # its group as the first scorer's tokeniser reads it
     raw: list = field(default_factory=list)          # (M,) what each of M scorers gives
-    calibrated: list = field(default_factory=list)   # (M,) the same after --calibrate-length (2)
+    lengths: list = field(default_factory=list)      # (M,) its tokens, as each of them reads it
     plain: float = math.nan         # one number out of `raw`
-    score: float = math.nan         # one number out of `calibrated`: what is used
+    score: float = math.nan         # the same after --calibrate-length (2): what is used
     spread: float = math.nan        # by how much the scorers differ: std of their z-scores
 
     @property
@@ -487,35 +487,42 @@ def ranked_pairs(table):
 
 
 def p_better(a, b):
-    """p(a ≻ b) of two completions: σ(r − r'), each scorer in its own unit, then their mean."""
-    return mean([sigmoid(x - y) for x, y in zip(a.calibrated, b.calibrated)])
+    """p(a ≻ b) of two completions: σ of the difference of their scores, so above 1/2 for the
+    higher one."""
+    return sigmoid(a.score - b.score)
 
 
 # --- load -----------------------------------------------------------------------------------------
+
+def load_system(source, gives, args):
+    """A file whose rows are of a format that gives one of these → System."""
+    usable = [name for name, row in FORMATS.items() if row.gives in gives]
+    groups, account = common.read_groups(
+        source, usable, args.split, args.columns, args.limit, args.prefer)
+    if not groups:
+        fail(f"{account}; no rows are left.")
+    return System(source, FORMATS[account.format].gives, groups, account)
+
 
 def load_files(args):
     """The files of --dataset → [System]."""
     gives = GIVES
     if args.policy:
         gives = ("pair", "response") if args.keep_chosen else ("pair", "prompt")
-    usable_formats = [name for name, row in FORMATS.items() if row.gives in gives]
-
     systems = []
     for source in sources(args):
-        groups, account = common.read_groups(
-            source, usable_formats, args.split, args.columns, args.limit, args.prefer)
-        given = FORMATS[account.format].gives
-        if not groups:
-            fail(f"{account}; no rows are left.")
-        if len(args.dataset) > 1 and given not in ("response", "label"):
-            fail(f"{source}: rows of format '{account.format}' cannot be compared; each --dataset "
-                 "needs prompt and response.")
-        for g in groups:
+        system = load_system(source, gives, args)
+        rows = f"{source}: rows of format '{system.account.format}'"
+        if len(args.dataset) > 1 and system.gives not in ("response", "label"):
+            fail(f"{rows} cannot be compared; each --dataset needs prompt and response.")
+        if args.confidence > 0.5 and system.gives != "pair":
+            fail(f"{rows} have no better completion that --confidence could be about; drop it.")
+        for g in system.groups:
             if args.by and args.by not in g.row:
                 fail(f"{g.where}: column '{args.by}' is missing, which --by asks for.")
-            if given == "label":
+            if system.gives == "label":
                 g.row["label"] = bool(g.scores[0])           # however the file writes it
-        systems.append(System(source, given, groups, account))
+        systems.append(system)
     return systems
 
 
@@ -632,7 +639,7 @@ def completed(group, samples, encoder):
     """A prompt with its sampled completions: ids for the KL, text for the reward."""
     return replace(
         group, scores=[],
-        completions=[encoder.decode(s.ids) for s in samples],
+        completions=[encoder.decode(s.ids, encoder.is_chat(group.prompt)) for s in samples],
         completion_ids=[s.ids for s in samples],
         ended=[s.ended for s in samples])
 
@@ -773,8 +780,10 @@ def score_system(system, scorers, args, autocast):
         for c, value in zip(kept, values.tolist()):
             if not math.isfinite(value):
                 fail(f"{c.group.where}: its score is not a finite number; try --dtype float32.")
-            c.view = c.view or views[id(c.group)]
+            view = views[id(c.group)]
+            c.view = c.view or view
             c.raw.append(value)
+            c.lengths.append(len(view.completion_ids[c.k]))
     return kept
 
 
@@ -796,21 +805,23 @@ def unit_of(scorer, values, lengths, args):
     return unit | stored
 
 
-def aggregate(table, scorers, args):
-    """raw → calibrated, plain, score and spread of the whole table.
+def aggregate(table, others, scorers, args):
+    """raw → plain, score and spread of the table, and of others in the units of the table.
 
     One scorer: its own unit. Several: z-scored, then joined by --aggregate.
     """
-    raw = tensor([c.raw for c in table])                                         # (N, M)
-    lengths = [c.length for c in table]
-    calibrated = raw.clone()
+    every = table + others
+    raw = tensor([c.raw for c in every])                                         # (N, M)
+    calibrated = raw.clone()                                                     # (N, M)
     middle = torch.zeros_like(raw[0])                                            # (M,)
     scale = torch.ones_like(raw[0])                                              # (M,)
     scale_calibrated = torch.ones_like(raw[0])                                   # (M,)
 
     for m, scorer in enumerate(scorers):
         values = raw[:, m]
-        unit = unit_of(scorer, values.tolist(), lengths, args)
+        lengths = [c.lengths[m] for c in every]
+        own = len(table)
+        unit = unit_of(scorer, values[:own].tolist(), lengths[:own], args)
         if args.calibrate_length:
             calibrated[:, m] = common.calibrate(
                 values, lengths, unit["reward_by_length"], unit["reward_mean"])              # (2)
@@ -830,24 +841,10 @@ def aggregate(table, scorers, args):
 
     plain = ((raw - middle) / scale).tolist()
     final = ((calibrated - middle) / scale_calibrated).tolist()
-    for c, own, before, after in zip(table, calibrated.tolist(), plain, final):
-        c.calibrated = own
+    for c, before, after in zip(every, plain, final):
         c.plain = combine(before)
         c.score = combine(after)
         c.spread = std(before)
-
-
-def load_beside(args):
-    """The files of --beside → [System]."""
-    usable = [name for name, row in FORMATS.items() if row.gives in GIVES]
-    systems = []
-    for source in args.beside:
-        groups, account = common.read_groups(
-            source, usable, args.split, args.columns, args.limit, args.prefer)
-        if not groups:
-            fail(f"{account}; no rows are left.")
-        systems.append(System(source, FORMATS[account.format].gives, groups, account))
-    return systems
 
 
 def series_of(systems, table):
@@ -1096,12 +1093,15 @@ def report_best_of_n(groups, seed):
 READ = {name for row in FORMATS.values() for names in row.columns for name in names.split("|")}
 WRITTEN = {"score", "score_chosen", "score_rejected", "p_chosen", "spread"}
 TAKEN = READ - {"answer", "label"} | WRITTEN
+ABOUT = {"margin", "label"}          # what these say is true of the row's own completions only
 
 
-def row_of(group, said, scores):
-    """A row to write: prompt, completions, the columns of its own that are kept, scores."""
-    own = {name: value for name, value in group.row.items() if name not in TAKEN}
-    return {"prompt": group.prompt} | said | own | scores
+def row_of(group, said, scores, own=True):
+    """A row to write: prompt, completions, the columns of the row that are kept, scores. own:
+    whether the completions are those of the row."""
+    taken = TAKEN if own else TAKEN | ABOUT
+    kept = {name: value for name, value in group.row.items() if name not in taken}
+    return {"prompt": group.prompt} | said | kept | scores
 
 
 def as_said(c):
@@ -1111,10 +1111,10 @@ def as_said(c):
     return [{"role": "assistant", "content": c.text}]
 
 
-def pair_row(chosen, rejected):
+def pair_row(chosen, rejected, own):
     said = {"chosen": as_said(chosen), "rejected": as_said(rejected)}
     scores = {"score_chosen": chosen.score, "score_rejected": rejected.score}
-    return row_of(rejected.group, said, scores | {"p_chosen": p_better(chosen, rejected)})
+    return row_of(rejected.group, said, scores | {"p_chosen": p_better(chosen, rejected)}, own)
 
 
 def list_row(siblings):
@@ -1136,7 +1136,7 @@ def single_row(c, several_systems):
         scores["spread"] = c.spread
     if c.ended is not None:
         scores["cut"] = not c.ended
-    return row_of(c.group, {name: as_said(c)}, scores)
+    return row_of(c.group, {name: as_said(c)}, scores, own=c.ended is None)
 
 
 def output_rows(table, several_systems, confidence):
@@ -1149,7 +1149,8 @@ def output_rows(table, several_systems, confidence):
             continue
         if gives == "pair" and max(p_better(*siblings), p_better(*reversed(siblings))) < confidence:
             continue
-        rows.append(pair_row(*siblings) if gives == "pair" else list_row(siblings))
+        row = pair_row(*siblings, own=True) if gives == "pair" else list_row(siblings)
+        rows.append(row)
         if len(siblings[0].raw) > 1:
             rows[-1]["spread"] = [round(c.spread, 6) for c in siblings]
     return rows
@@ -1196,9 +1197,10 @@ def write_selected(groups, args):
         if args.select == "best":
             selected = sorted(selected, key=by_score)[-1:]
         for c in selected:
-            rows.append(row_of(c.group, {"response": as_said(c)}, {"score": c.score}))
+            rows.append(row_of(c.group, {"response": as_said(c)}, {"score": c.score}, own=False))
     write_jsonl(args.output, rows)
-    print(f"  {empty} prompts left out: all their completions were truncated or empty")
+    if empty:
+        print(f"  {empty} prompts left out: all their completions were truncated or empty")
 
 
 def write_pairs(groups, given, args):
@@ -1209,7 +1211,7 @@ def write_pairs(groups, given, args):
         order = sorted(filter(trainable, siblings), key=by_score)
         best = given.get(siblings[0].key, []) if args.keep_chosen else order
         if order and best and best[-1].text.strip() != order[0].text.strip():
-            rows.append(pair_row(best[-1], order[0]))
+            rows.append(pair_row(best[-1], order[0], own=False))
             if args.keep_chosen:
                 del rows[-1]["p_chosen"]
 
@@ -1234,12 +1236,13 @@ section{border-top:1px solid var(--line);padding:.7rem 0}
 .m{--c:225 45 35}.u{--c:30 120 235}"""
 
 
-def token_texts(encoder, ids):
+def token_texts(encoder, ids, chat):
     """The text of every token; a few before it are decoded too, for spaces and broken characters
     depend on them."""
     texts = []
+    anchor = [] if chat else encoder.decode_anchor
     for t in range(len(ids)):
-        before = encoder.decode_anchor + ids[max(0, t - 4):t]
+        before = anchor + ids[max(0, t - 4):t]
         text = encoder.text(before + ids[t:t + 1])
         texts.append(text[len(encoder.text(before)):] or "·")
     return texts
@@ -1294,7 +1297,7 @@ def write_tokens(file, table, scorer, args, autocast):
         prompt = c.group.prompt
         if isinstance(prompt, list):
             prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        texts = token_texts(scorer.encoder, c.ids)
+        texts = token_texts(scorer.encoder, c.ids, scorer.encoder.is_chat(c.group.prompt))
         shown.append((prompt, f"{c.shown_as} {c.k + 1}", c.raw[0], texts, parts.tolist()))
 
     what = "change of the prefix score" if scorer.beta is None else "β log π/π_ref"
@@ -1425,13 +1428,13 @@ def main(argv=None):
             system.alias += f" ({number})"
 
     # --- score
-    beside = load_beside(args)
+    beside = [load_system(source, GIVES, args) for source in args.beside]
     table = []
     for system in systems + beside:
         table += score_system(system, scorers, args, autocast)
-    aggregate(table, scorers, args)
     others = [c for c in table if c.system in beside]
     table = [c for c in table if c.system not in beside]
+    aggregate(table, others, scorers, args)
 
     # --- report
     describe_reward(scorers, table, args)
@@ -1451,7 +1454,11 @@ def main(argv=None):
     if args.tokens:
         write_tokens(args.tokens, align(systems, table), scorers[0], args, autocast)
     if args.output and not args.select:
-        write_jsonl(args.output, output_rows(table, len(systems) > 1, args.confidence))
+        rows = output_rows(table, len(systems) > 1, args.confidence)
+        write_jsonl(args.output, rows)
+        if args.confidence > 0.5:
+            print(f"  {len(by_group(table)) - len(rows)} pairs left out: neither completion is the "
+                  f"better one with a probability of {args.confidence:g}")
 
     groups = by_group([c for c in table if c.system is systems[0]])
     if args.select == "rso":

@@ -620,6 +620,10 @@ def prepare(groups, account, args):
         account.dropped["where no completion is better than another"] = len(groups) - len(ranked)
         groups = ranked
     if args.loss == "sft":
+        whole = [g for g in groups if g.ended != [False]]    # no end token belongs behind the others
+        if len(whole) < len(groups):
+            account.dropped["that were truncated when sampled"] = len(groups) - len(whole)
+            groups = whole
         kept = [g for g in groups if g.scores != [0]]    # no use for a bad completion …
         if len(kept) < len(groups):
             account.dropped["with label false"] = len(groups) - len(kept)
@@ -672,6 +676,9 @@ def label_by_columns(groups, args):
 
 def readable(groups, account, args):
     """The groups that fit the positions of --reward-model."""
+    if not common.has_reward_head(args.reward_model, "--reward-model"):
+        fail(f"--reward-model {args.reward_model} is a language model; train_rm.py makes a reward "
+             "model of it.")
     encoder = common.load_encoder(args.reward_model, chat=args.chat, flag="--reward-model")
     if encoder.max_positions == math.inf:
         return groups
@@ -835,7 +842,9 @@ def sample_answers(model, encoder, groups, args, packed, autocast, show, moved):
     with autocast:
         samples = common.sample(
             model, prompts, 1, limit, encoder.stops, seed=args.seed, progress="sample")
-    texts = [encoder.decode(s.ids).strip() for s in samples]
+    texts = []
+    for g, s in zip(asked, samples):
+        texts.append(encoder.decode(s.ids, encoder.is_chat(g.prompt)).strip())
     for g, s, text in list(zip(asked, samples, texts))[:show]:
         note = "" if s.ended else "  (truncated)"
         tqdm.write(f"  {encoder.text(g.prompt_ids)[-80:]!r} ▸ {text[:200]!r}{note}")

@@ -771,9 +771,9 @@ def sample_and_reward(model, encoder, groups, rewards, args, autocast, n, seed, 
     sampled = time.perf_counter()
 
     ids = [s.ids for s in samples]
-    texts = [encoder.decode(s.ids) for s in samples]
     ended = [s.ended for s in samples]
     asked = [g for g in groups for _ in range(n)]            # each completion beside its own row
+    texts = [encoder.decode(s.ids, encoder.is_chat(g.prompt)) for g, s in zip(asked, samples)]
     values = {name: reward(asked, texts, ids, ended) for name, reward in rewards.items()}
     summands = torch.stack(list(values.values())[:len(args.reward)])             # (R, N)
     factors = args.reward_weights or [1.0] * len(args.reward)
@@ -1200,15 +1200,16 @@ def main(argv=None):
                 alarmed.add(name)
                 tqdm.write(f"step {step + 1}: more than 5 % of the scores of {name} lie 3 standard "
                            "deviations from those of its training: do not trust it here")
-        idle += metrics["frac_reward_zero_std"] == 1
-        if idle == 1 and metrics["frac_reward_zero_std"] == 1:
-            tqdm.write(f"step {step + 1}: no group has two different rewards, so there is nothing "
-                       "to learn from it (said once)")
 
         # Learn from it: --updates-per-batch passes over --minibatches disjoint parts.
         if rollout.groups:
             began = time.perf_counter()
             A, minibatches, tokens = prepare(rollout, model, reference, args, packed, autocast)
+            if not A.any():
+                idle += 1
+                if idle == 1:
+                    tqdm.write(f"step {step + 1}: no group has two different rewards, so there is "
+                               "nothing to learn from it (said once)")
             norms = []
             sums = Counter()
             for _ in range(args.updates_per_batch):
@@ -1223,6 +1224,7 @@ def main(argv=None):
             recent += completion_rows(rollout, A, step + 1)
             common.write_lines(out / "completions.jsonl", recent)
         else:
+            idle += 1
             tqdm.write(f"step {step + 1}: {len(every.groups)} groups, all zero-variance; no update")
         shown = {
             "reward": "reward", "kl": "kl", "len": "completions/mean_length",

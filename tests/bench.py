@@ -1,6 +1,6 @@
 """How fast, how much memory, and how far from the floor. Prints ratios; asserts nothing.
 
-    python tests/bench.py dpo  --model DIR --data pairs.jsonl [--batch-size 8] [--steps 6]
+    python tests/bench.py dpo                            # on the toy; or --model DIR --data FILE
     python tests/bench.py rm   --model DIR --data pairs.jsonl [--against "COMMAND"]
     python tests/bench.py grpo --model DIR --data prompts.jsonl [--group-size 8] …
     python tests/bench.py joy-prompts > prompts.jsonl    # 64 beginnings of stories, for joy() below
@@ -34,6 +34,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+TOY = Path(__file__).parent / "toy"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
@@ -319,8 +320,8 @@ def report(a):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=["dpo", "rm", "grpo", "joy-prompts"])
-    p.add_argument("--model")
-    p.add_argument("--data")
+    p.add_argument("--model", default=f"{TOY}/model")
+    p.add_argument("--data", help="default: the toy's")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--micro-batch-tokens", type=int, default=8192)
     p.add_argument("--group-size", type=int, default=8)
@@ -330,10 +331,9 @@ def main():
     p.add_argument("--against", help="command of another trainer on the same work")
     p.add_argument("--part", choices=["train", "floor"], help=argparse.SUPPRESS)
     a = p.parse_args()
+    a.data = a.data or f"{TOY}/{'prompts' if a.what == 'grpo' else 'pairs'}.jsonl"
     if a.what == "joy-prompts":
         joy_prompts()
-    elif not (a.model and a.data):
-        p.error("--model and --data are needed")
     elif a.part == "train":
         print(json.dumps(train(a)))
     elif a.part == "floor":

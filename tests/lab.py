@@ -219,7 +219,7 @@ def draw(folder, rows, n, seed, limit=8):
     groups = []
     for i, (row, ids) in enumerate(zip(rows, prompts)):
         mine = [s.ids for s in samples[i * n:(i + 1) * n]]
-        texts = [encoder.decode(ids).strip() for ids in mine]
+        texts = [encoder.decode(ids, encoder.is_chat(row["prompt"])) for ids in mine]
         groups.append(Group("", row["prompt"], texts, row, prompt_ids=ids, completion_ids=mine))
     return groups
 
@@ -232,7 +232,7 @@ def logps(folder, groups, measure=completion_logps):
 
 def right(text, row):
     """Marks behind a sum do not count: see marked()."""
-    return float(text.rstrip("!") == row["answer"])
+    return float(text.strip().rstrip("!") == row["answer"])
 
 
 def letters(text, row):

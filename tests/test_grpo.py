@@ -1075,6 +1075,15 @@ def test_dynamic_sampling_logs_all_that_was_sampled_and_says_when_nothing_was_le
     assert line["reward"] == 0 and line["completions/sampled_groups"] == 20 and "no update" in capsys.readouterr().out
 
 
+def test_nothing_to_learn_is_said_unless_the_penalty_of_length_teaches_something(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def zero(completions, **_):\n    return [0.0] * len(completions)\n")
+    flags = ("--reward", f"{tmp_path}/r.py:zero", "--max-steps", 2)
+    run(tmp_path / "o", *flags)
+    assert "nothing was learnt" in capsys.readouterr().out
+    line = run(tmp_path / "p", *flags, "--overlong-penalty", 6)[1]
+    assert line["grad_norm"] > 0.1 and "nothing was learnt" not in capsys.readouterr().out
+
+
 def test_pass_at_k_counts_the_completions_that_have_a_reward(tmp_path):
     (tmp_path / "r.py").write_text(
         "def sure(completions, **_):\n    return [1.0 if i % 2 else None for i in range(len(completions))]\n")

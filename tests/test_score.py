@@ -363,6 +363,38 @@ def test_truncated_completions_are_marked_and_never_written_to_be_trained_on(rm,
     assert {(question(r), r["response"][0]["content"]) for r in best} <= whole
     assert f"{40 - len(best)} prompts left out" in said
 
+    # Read again, they are still scored without an end, and sft leaves them out.
+    run(capsys, "--reward-model", rm, "--dataset", tmp_path / "all.jsonl", "--output", tmp_path / "again.jsonl")
+    again = rows(tmp_path / "again.jsonl")
+    assert [r["score"] for r in again] == pytest.approx([r["score"] for r in every], abs=1e-4)
+    assert [r["cut"] for r in again if r.get("cut")] == [True] * sum(r["cut"] for r in every)
+    groups, account = common.read_groups(str(tmp_path / "all.jsonl"), ["response"])
+    kept = train_dpo.prepare(groups, account, train_dpo.parse_args(["--loss", "sft"]))
+    assert account.dropped == {"that were truncated when sampled": sum(r["cut"] for r in every)}
+    assert len(kept) == sum(not r["cut"] for r in every)
+    said = refused(capsys, "--reward-model", rm, "--dataset", tmp_path / "all.jsonl", "--confidence", 0.9, "--output", tmp_path / "x.jsonl")
+    assert "--confidence" in said and "'response'" in said
+
+
+def test_p_chosen_agrees_with_the_order_whatever_joins_the_scores(rm, tmp_path, capsys):
+    second = reward_model(tmp_path / "second", seed=3)
+    flags = ["--reward-model", rm, second, "--policy", TOY / "model", "--samples", 4, "--limit", 40, "--max-new-tokens", 6]
+    for more in (["--aggregate", "min"], ["--reward-weights", 1, 9]):
+        run(capsys, *flags, *more, "--pairs", tmp_path / "pairs.jsonl")
+        made = rows(tmp_path / "pairs.jsonl")
+        assert len(made) > 10 and all(r["p_chosen"] >= 0.5 and r["score_chosen"] >= r["score_rejected"] for r in made)
+
+
+def test_what_a_row_says_of_its_own_completions_is_not_said_of_new_ones(rm, tmp_path, capsys):
+    given = rows(TOY / "pairs.jsonl")[:20]
+    write(tmp_path / "given.jsonl", [r | {"margin": 1.5} for r in given])
+    run(capsys, "--reward-model", rm, "--dataset", tmp_path / "given.jsonl", "--output", tmp_path / "own.jsonl")
+    assert all(r["margin"] == 1.5 for r in rows(tmp_path / "own.jsonl"))
+    run(capsys, "--reward-model", rm, "--dataset", tmp_path / "given.jsonl", "--policy", TOY / "model", "--samples", 4,
+        "--max-new-tokens", 6, "--pairs", tmp_path / "new.jsonl")
+    made = rows(tmp_path / "new.jsonl")
+    assert made and not any("margin" in r for r in made) and all("answer" in r for r in made)
+
 
 def test_the_users_own_columns_are_kept(rm, tmp_path, capsys):
     write(tmp_path / "p.jsonl", [dict(r, score_human=3, response_time=0.5) for r in rows(TOY / "pairs.jsonl")[:10]])
