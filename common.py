@@ -959,10 +959,10 @@ class Encoder:
         anchor = [] if chat else self.decode_anchor
         return self.text(anchor + ids).removeprefix(self.text(anchor))
 
-    def show(self, group, width=160):
+    def show(self, group):
         """One group as `prompt ▸ completion`, control tokens visible, long texts shortened."""
         def shorten(text):
-            return text if len(text) <= width else text[:width // 2] + " … " + text[-width // 2:]
+            return text if len(text) <= 160 else text[:80] + " … " + text[-80:]
 
         lines = [f"  prompt {shorten(self.text(group.prompt_ids))!r}"]
         for ids, ended in zip(group.completion_ids, group.ended):
@@ -1658,7 +1658,7 @@ def for_all(measure, model, groups, budget, packed, autocast, progress):
 
 
 @torch.no_grad()
-def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
+def can_pack(model, groups, measure=token_logps):
     """Whether measure(model, batch), logps or scores, is the same packed and padded: a check.
 
     Collective. A few groups, at most two completions of each, in one tree (even=∞), in float32: the
@@ -1674,7 +1674,7 @@ def can_pack(model, groups, measure=token_logps, tolerance=1e-3):
             packed = measure(model, pack(few, row=sum(map(Group.tokens, few)), even=math.inf))
             difference = packed - measure(model, pad(few))
             worst = max(worst, difference.abs().max().item())
-        reason = None if worst <= tolerance else f"its numbers differ by {worst:.2g}"
+        reason = None if worst <= 1e-3 else f"its numbers differ by {worst:.2g}"
     except Exception as error:  # a model that takes no such mask may fail in any way
         reason = first_line(error)
     if reason:

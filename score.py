@@ -368,12 +368,12 @@ def rejection_sample(scores, beta, generator, keep=0):
     return sorted(kept[:keep or None])
 
 
-def histogram(series, bins=12, width=28):
+def histogram(series, bins=12):
     """{name: values} → lines for the terminal, one column of bars per name, one common scale."""
     every = [v for values in series.values() for v in values]
     low = min(every)
     step = (max(every) - low) / bins or 1.0
-    width = max(8, min(width, 80 // len(series)))
+    width = max(8, min(28, 80 // len(series)))
 
     counts = {}
     tallest = 0.0                                            # fraction of the values of a name

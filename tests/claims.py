@@ -14,13 +14,12 @@ import argparse
 import math
 import random
 import tempfile
-from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import torch
 from lab import (
-    BASE, LETTERS, MARKED, RIGHT, TABLE, Lab, accuracy, auc, best_and_worst, draw, ideal, kl,
-    letters, logps, marked, marked_pairs, mean, one_wrong_digit, pair, plot, plus_minus, probe,
+    BASE, LETTERS, MARKED, RIGHT, TABLE, Lab, accuracy, all_pairs, auc, best_and_worst, draw, ideal,
+    kl, letters, logps, marked, marked_pairs, mean, one_wrong_digit, pair, plot, plus_minus, probe,
     rankings, rewarded, right, said, slips, stories, world)
 
 import common
@@ -303,12 +302,7 @@ def optimum(lab):
     """KL(π ‖ π*) over the 6 answers of each prompt, normalised to them; π* = π_ref e^{r/β}/Z, β =
     0.5. Data: all pairs, preferred with σ(r − r') or, where the loss takes no p, by r > r'."""
     ref, groups, r = world(lab)
-    pairs = []
-    for g, values in zip(groups, r):
-        for i, j in common.pairs_of(replace(g, scores=values)):
-            p = 1 / (1 + math.exp(values[j] - values[i]))
-            pairs.append(pair({"prompt": g.prompt}, g.completions[i], g.completions[j], p_chosen=p,
-                              score_chosen=values[i], score_rejected=values[j]))
+    pairs = all_pairs(groups, r)
     asked = [{"prompt": g.prompt, "table": dict(zip(g.completions, v))} for g, v in zip(groups, r)]
     runs = {"start": ref}
     for loss in ("dpo", "soft", "distill", "ipo", "hinge", "simpo"):

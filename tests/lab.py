@@ -2,8 +2,10 @@
 their main(), and data: sums that the toy's policy was not pretrained on."""
 import contextlib
 import io
+import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -366,3 +368,14 @@ def world(lab):
     flags = f"--loss sft --model {folder} --max-steps 150 --lr 1e-2 --batch-size 128"
     ref = lab.train("dpo", flags, dataset=rows)
     return ref, groups, [[lab.rng.uniform(-1, 1) for _ in range(6)] for _ in groups]
+
+
+def all_pairs(groups, rewards):
+    """All pairs of a world, labelled with σ(r − r') and with both rewards."""
+    pairs = []
+    for g, r in zip(groups, rewards):
+        for i, j in common.pairs_of(replace(g, scores=r)):
+            p = 1 / (1 + math.exp(r[j] - r[i]))
+            pairs.append(pair({"prompt": g.prompt}, g.completions[i], g.completions[j], p_chosen=p,
+                              score_chosen=r[i], score_rejected=r[j]))
+    return pairs
