@@ -1903,7 +1903,7 @@ class Room(DynamicLayer):
 
 
 class Replay:
-    """f() as it is, or on CUDA recorded for each key and replayed: one launch instead of a thousand.
+    """f() as it is, or on CUDA recorded for each key and replayed: one launch, not a thousand.
 
     The first call of a key runs as it is (libraries set themselves up), the second records, all
     others replay. What f reads and writes must stay where it is; its result is overwritten by the

@@ -232,7 +232,9 @@ def check_flags(args, error):
 def check_files(args):
     """Nothing is written over what is read, whatever links lead there."""
     reads = []
-    for name in ("reward_model", "implicit", "ref_model", "policy", "chat_template", "beside", "untrained"):
+    names = (
+        "reward_model", "implicit", "ref_model", "policy", "chat_template", "beside", "untrained")
+    for name in names:
         value = getattr(args, name)
         if value is not None:
             for path in value if isinstance(value, list) else [value]:

@@ -473,7 +473,7 @@ class Loss(NamedTuple):
     function: Callable        # (Completions, args) → losses of pairs (M,) or completions (K,)
     flags: dict               # the flags that it reads, with their defaults; any other is refused
     gives: tuple = ("pair", "list")      # formats it can use, by what they give: see common.FORMATS
-    per: str = "pair"         # "pair": weighted by 1 / pairs of the prompt; "completion"; or "token"
+    per: str = "pair"         # "pair": weighted by 1 / pairs of the prompt; "completion"; "token"
     reference: bool = True    # whether it needs log π_ref
     shift: str = ""           # x.shift is a "running" mean, or of "mismatched" completions
 
@@ -620,7 +620,7 @@ def prepare(groups, account, args):
         account.dropped["where no completion is better than another"] = len(groups) - len(ranked)
         groups = ranked
     if args.loss == "sft":
-        whole = [g for g in groups if g.ended != [False]]    # no end token belongs behind the others
+        whole = [g for g in groups if g.ended != [False]]    # no end token belongs behind others
         if len(whole) < len(groups):
             account.dropped["that were truncated when sampled"] = len(groups) - len(whole)
             groups = whole
@@ -646,7 +646,7 @@ def prepare(groups, account, args):
 
 
 def label(group, first, second, args):
-    """p_chosen and margin of a pair from its two rewards; the better completion comes first.  (12)"""
+    """p_chosen and margin of a pair from its two rewards; the better completion comes first (12)"""
     if first < second:
         for column in (group.completions, group.completion_ids, group.ended):
             column.reverse()
@@ -671,7 +671,7 @@ def label_by_columns(groups, args):
             fail(f"{g.where}: --loss {args.loss} needs rewards: --reward-model DIR, or the columns "
                  "score_chosen and score_rejected that score.py --output writes.")
         if args.reward_temperature != 1:
-            fail(f"{g.where}: --reward-temperature divides rewards, and this row has p_chosen only.")
+            fail(f"{g.where}: --reward-temperature divides rewards; this row has p_chosen only.")
 
 
 def readable(groups, account, args):
