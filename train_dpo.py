@@ -192,7 +192,7 @@ def parse_args(argv=None):
     g.add_argument("--label-smoothing", type=within("[0, 0.5)"), help="probability that a label is wrong (8)")
     g.add_argument("--sft-coef", type=weight, help="weight of the chosen completion's mean NLL (10)")
     g.add_argument("--reward-model", metavar="DIR", help="soft, distill: labels the pairs; else the columns of score.py do")
-    g.add_argument("--reward-temperature", type=positive, help="soft, distill: rewards are divided by it (12)")
+    g.add_argument("--reward-temperature", type=within("[1e-6, inf)"), help="soft, distill: rewards are divided by it (12)")
     g.add_argument("--gamma", type=weight, help="simpo, slic: target margin")
     g.add_argument("--ipo-normalise", choices=["sum", "mean"], help="ipo: log-ratios of completions or per token")
     g.add_argument("--dpop-lambda", type=weight, help="dpop: price of a fallen chosen log-prob")
