@@ -229,12 +229,15 @@ def total(sums):
     return result
 
 
+def numbered(keys):
+    """A number for each key, from 0 in order of appearance; equal keys share one."""
+    numbers = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
 def my_share(keys):
     """Places of the items that this process looks after; those of one key stay together."""
-    numbers = {}
-    for key in keys:
-        numbers.setdefault(key, len(numbers))
-    return [place for place, key in enumerate(keys) if numbers[key] % world() == rank()]
+    return [place for place, n in enumerate(numbered(keys)) if n % world() == rank()]
 
 
 # ① read -------------------------------------------------------------------------------------------
@@ -276,6 +279,12 @@ class Account:
     conflicts: int = 0              # completions called good in one row and bad in another
     template_rewrites: bool = False  # whether the chat template changes some completions
     template_drops: bool = False    # whether it leaves out text of some prompts
+
+    def drop(self, groups, kept, reason):
+        """Notes that of these groups only `kept` go on → kept."""
+        if len(kept) < len(groups):
+            self.dropped[reason] = len(groups) - len(kept)
+        return kept
 
     def __str__(self):
         line = (f"{self.source}: {self.rows:,} rows of format '{self.format}', kept {self.kept:,}, "
@@ -786,7 +795,7 @@ class Encoder:
 
         # Some tokenisers put a space before whatever they encode, see continuation() and decode().
         self.adds_space = self.continuation("ab") != self.plain("ab")
-        self.decode_anchor = self.continuation("a")
+        self.plain_anchor = self.continuation("a")
 
     def find_turn_end(self):
         """Id of the first control token that the template writes after a completion, or None."""
@@ -948,15 +957,20 @@ class Encoder:
         return self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def decode(self, ids, chat=False):
-        """Text of sampled ids as a reward function sees it: as written, without the end token.
+    def anchor(self, prompt):
+        """The ids behind which a completion of this prompt is decoded.
 
         SentencePiece-like decoders drop a space at the start: right for a text, wrong for a
-        completion, which is decoded behind an "a". Not in a chat: its template writes that space.
+        completion, so that stands behind an "a". Not in a chat: its template writes that space.
         """
+        return [] if self.is_chat(prompt) else self.plain_anchor
+
+    def decode(self, ids, prompt=""):
+        """Text of ids sampled for a prompt, as a reward function sees it: as written, without the
+        end token."""
         if ids and ids[-1] in self.stops:
             ids = ids[:-1]
-        anchor = [] if chat else self.decode_anchor
+        anchor = self.anchor(prompt)
         return self.text(anchor + ids).removeprefix(self.text(anchor))
 
     def show(self, group):
@@ -1178,6 +1192,18 @@ def micro_batches(groups, budget, packed=True):
     return batches
 
 
+def deal(items, size, count):
+    """Items, each to the hand of `count` that holds the least so far → (hands, their sizes). With
+    the longest first they end about even."""
+    hands = [[] for _ in range(count)]
+    sizes = [0] * count
+    for item in items:
+        emptiest = sizes.index(min(sizes))
+        hands[emptiest].append(item)
+        sizes[emptiest] += size(item)
+    return hands, sizes
+
+
 def my_micro_batches(groups, budget, packed=True):
     """This process's share of a step: [(micro-batch, weight)].
 
@@ -1185,15 +1211,9 @@ def my_micro_batches(groups, budget, packed=True):
     weight is the number of processes, since FSDP averages their gradients. All run as many
     forwards, because weights are gathered in them: who has fewer repeats one group with weight 0.
     """
-    hands = [[] for _ in range(world())]
-    tokens = [0] * world()
     if world() > 1:
         groups = sorted(groups, key=Group.tokens, reverse=True)
-    for group in groups:
-        emptiest = tokens.index(min(tokens))
-        hands[emptiest].append(group)
-        tokens[emptiest] += group.tokens()
-
+    hands, _ = deal(groups, Group.tokens, world())
     shares = [micro_batches(hand, budget, packed) for hand in hands]
     mine = [(micro, world()) for micro in shares[rank()]]
     idle = max(map(len, shares)) - len(mine)
@@ -1259,8 +1279,7 @@ def choice_losses(r, chosen, rejected):
 
 def number_prompts(groups):
     """Which prompt each group has, (groups,): rows of one prompt share a number, so a cluster."""
-    numbers = {}
-    return torch.tensor([numbers.setdefault(str(g.prompt_ids), len(numbers)) for g in groups])
+    return torch.tensor(numbered([str(g.prompt_ids) for g in groups]))
 
 
 class Proportion(NamedTuple):
@@ -1421,17 +1440,6 @@ def split_into_trees(groups, longest, even):
     return trees
 
 
-def fill_rows(trees, count):
-    """Trees, longest first, each into the emptiest of `count` rows → (tokens computed, rows)."""
-    rows = [[] for _ in range(count)]
-    lengths = [0] * count
-    for tree in trees:
-        emptiest = lengths.index(min(lengths))
-        rows[emptiest].append(tree)
-        lengths[emptiest] += tree.size()
-    return count * max(lengths), rows
-
-
 def pack(groups, row=ROW, tree=TREE, even=EVEN):
     """Shared-prefix layout: each prompt once with its completions behind it, several trees a row.
 
@@ -1442,7 +1450,8 @@ def pack(groups, row=ROW, tree=TREE, even=EVEN):
     fewest = math.ceil(tokens / max(row, trees[0].size()))
     layouts = []
     for count in range(fewest, len(trees) + 1):
-        layouts.append(fill_rows(trees, count))
+        rows, lengths = deal(trees, Tree.size, count)
+        layouts.append((count * max(lengths), rows))         # (tokens computed, rows)
         if layouts[-1][0] <= 1.05 * tokens:
             break
     _, rows = min(layouts, key=lambda layout: layout[0])
@@ -2449,10 +2458,21 @@ def check_paths(reads, writes):
                 fail(f"{other_flag} and {flag} must be different files.")
 
 
+def paths_of(args, names):
+    """[(flag, path), …] of flags that name files and folders: each is a path, None, or a list."""
+    paths = []
+    for name in names:
+        value = getattr(args, name)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None:
+                paths.append((f"--{name.replace('_', '-')}", path))
+    return paths
+
+
 def check_run(args, names):
     """The flags of a trainer that name files and folders, before anything is loaded.
 
-    names: of those that are read; each is a path, None, or a list of paths or file.py:function.
+    names: of those that are read, see paths_of(); a path may also be file.py:function.
     """
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
@@ -2461,12 +2481,10 @@ def check_run(args, names):
     if args.lora_alpha and not args.lora_rank:
         fail("--lora-alpha: without --lora-rank there is no adapter that it could scale.")
     reads = []
-    for name in names:
-        value = getattr(args, name)
-        for path in filter(None, value if isinstance(value, list) else [value]):
-            with failing(f"--{name.replace('_', '-')} {path:.60}: it is no name"):
-                file = path if Path(path).exists() else path.rpartition(":")[0] or path
-            reads.append((f"--{name.replace('_', '-')}", file))
+    for flag, path in paths_of(args, names):
+        with failing(f"{flag} {path:.60}: it is no name"):
+            file = path if Path(path).exists() else path.rpartition(":")[0] or path
+        reads.append((flag, file))
     files = [path for path in (args.dataset, args.eval_dataset) if path]
     if args.split != "train" and all(Path(path).is_file() for path in files):
         fail(f"--split {args.split}: {', '.join(files)} is a file, and files have no splits.")

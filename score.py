@@ -231,14 +231,8 @@ def check_flags(args, error):
 
 def check_files(args):
     """Nothing is written over what is read, whatever links lead there."""
-    reads = []
-    names = (
-        "reward_model", "implicit", "ref_model", "policy", "chat_template", "beside", "untrained")
-    for name in names:
-        value = getattr(args, name)
-        if value is not None:
-            for path in value if isinstance(value, list) else [value]:
-                reads.append((f"--{name.replace('_', '-')}", path))
+    reads = common.paths_of(args, (
+        "reward_model", "implicit", "ref_model", "policy", "chat_template", "beside", "untrained"))
     if not args.reward_model and not args.implicit:
         reads.append(("--reward-model", "runs/rm"))
     for source in sources(args):                             # of a run directory its curves
@@ -246,11 +240,7 @@ def check_files(args):
             run = Path(source) / "metrics.jsonl"
             reads.append(("--dataset", str(run) if Path(source).is_dir() else source))
 
-    writes = []
-    for name in ("output", "pairs", "plot", "tokens"):
-        if getattr(args, name):
-            writes.append((f"--{name}", getattr(args, name)))
-    common.check_paths(reads, writes)
+    common.check_paths(reads, common.paths_of(args, ("output", "pairs", "plot", "tokens")))
     if args.by is not None and not args.by:
         fail("--by: '' is no column.")
     if args.split != "train" and all(Path(source).exists() for source in sources(args)):
@@ -289,15 +279,9 @@ def group_by(items, labels):
     return parts
 
 
-def number(clusters):
-    """Any names of clusters → a number for each: (N,)"""
-    numbers = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in clusters])
-
-
 def redraw(rows, clusters, seed=0, rounds=2000):
     """Bootstrap: (N, C) rows → (rounds, C) sums over whole clusters drawn with replacement."""
-    cluster = number(clusters)
+    cluster = torch.tensor(common.numbered(clusters))                            # (N,)
     n = int(cluster.max()) + 1
     sums = rows.new_zeros(n, rows.shape[1]).index_add(0, cluster, rows)          # (clusters, C)
     generator = torch.Generator().manual_seed(seed)
@@ -641,7 +625,7 @@ def completed(group, samples, encoder):
     """A prompt with its sampled completions: ids for the KL, text for the reward."""
     return replace(
         group, scores=[],
-        completions=[encoder.decode(s.ids, encoder.is_chat(group.prompt)) for s in samples],
+        completions=[encoder.decode(s.ids, group.prompt) for s in samples],
         completion_ids=[s.ids for s in samples],
         ended=[s.ended for s in samples])
 
@@ -961,7 +945,8 @@ def summary(part, args):
 def fraction(values, part):
     """Values of 1, 0 and 1/2, one for each of part's completions, in percent, with Wilson's
     interval: the pairs of a prompt are one cluster."""
-    p = common.proportion(tensor(values), number(prompts_of(part)), z=1.96)
+    cluster = torch.tensor(common.numbered(prompts_of(part)))
+    p = common.proportion(tensor(values), cluster, z=1.96)
     return f"{100 * p.mean:.1f} % [{100 * p.low:.1f}, {100 * p.high:.1f}]"
 
 
@@ -1149,9 +1134,9 @@ def output_rows(table, several_systems, confidence):
         if gives not in ("pair", "list"):
             rows += [single_row(c, several_systems) for c in siblings]
             continue
-        if gives == "pair" and max(p_better(*siblings), p_better(*reversed(siblings))) < confidence:
-            continue
         row = pair_row(*siblings, own=True) if gives == "pair" else list_row(siblings)
+        if gives == "pair" and max(row["p_chosen"], 1 - row["p_chosen"]) < confidence:
+            continue
         rows.append(row)
         if len(siblings[0].raw) > 1:
             rows[-1]["spread"] = [round(c.spread, 6) for c in siblings]
@@ -1238,11 +1223,11 @@ section{border-top:1px solid var(--line);padding:.7rem 0}
 .m{--c:225 45 35}.u{--c:30 120 235}"""
 
 
-def token_texts(encoder, ids, chat):
+def token_texts(encoder, ids, prompt):
     """The text of every token; a few before it are decoded too, for spaces and broken characters
     depend on them."""
     texts = []
-    anchor = [] if chat else encoder.decode_anchor
+    anchor = encoder.anchor(prompt)
     for t in range(len(ids)):
         before = anchor + ids[max(0, t - 4):t]
         text = encoder.text(before + ids[t:t + 1])
@@ -1299,7 +1284,7 @@ def write_tokens(file, table, scorer, args, autocast):
         prompt = c.group.prompt
         if isinstance(prompt, list):
             prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        texts = token_texts(scorer.encoder, c.ids, scorer.encoder.is_chat(c.group.prompt))
+        texts = token_texts(scorer.encoder, c.ids, c.group.prompt)
         shown.append((prompt, f"{c.shown_as} {c.k + 1}", c.raw[0], texts, parts.tolist()))
 
     what = "change of the prefix score" if scorer.beta is None else "β log π/π_ref"

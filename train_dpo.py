@@ -616,18 +616,12 @@ def prepare(groups, account, args):
             fail(f"{account.source}: --loss robust divides by 2 p_chosen − 1, which is 0 in a row.")
 
     ranked = [g for g in groups if len(g.scores) < 2 or len(set(g.scores)) > 1]
-    if len(ranked) < len(groups):
-        account.dropped["where no completion is better than another"] = len(groups) - len(ranked)
-        groups = ranked
+    groups = account.drop(groups, ranked, "where no completion is better than another")
     if args.loss == "sft":
         whole = [g for g in groups if g.ended != [False]]    # no end token belongs behind others
-        if len(whole) < len(groups):
-            account.dropped["that were truncated when sampled"] = len(groups) - len(whole)
-            groups = whole
+        groups = account.drop(groups, whole, "that were truncated when sampled")
         kept = [g for g in groups if g.scores != [0]]    # no use for a bad completion …
-        if len(kept) < len(groups):
-            account.dropped["with label false"] = len(groups) - len(kept)
-        for g in kept:
+        for g in account.drop(groups, kept, "with label false"):
             del g.completions[1:], g.scores[1:]          # … nor for the rejected one
         return kept
     if args.loss == "kto":
@@ -687,10 +681,8 @@ def readable(groups, account, args):
     fits = common.tokenise(views, own, encoder, encoder.max_positions, progress="measure")
     fits = set(map(id, fits))
     kept = [g for g, view in zip(groups, views) if id(view) in fits]
-    if len(kept) < len(groups):
-        reason = f"over the {encoder.max_positions} positions of --reward-model"
-        account.dropped[reason] = len(groups) - len(kept)
-    return kept
+    reason = f"over the {encoder.max_positions} positions of --reward-model"
+    return account.drop(groups, kept, reason)
 
 
 def label_by_model(groups, args, device):
@@ -842,9 +834,7 @@ def sample_answers(model, encoder, groups, args, packed, autocast, show, moved):
     with autocast:
         samples = common.sample(
             model, prompts, 1, limit, encoder.stops, seed=args.seed, progress="sample")
-    texts = []
-    for g, s in zip(asked, samples):
-        texts.append(encoder.decode(s.ids, encoder.is_chat(g.prompt)).strip())
+    texts = [encoder.decode(s.ids, g.prompt).strip() for g, s in zip(asked, samples)]
     for g, s, text in list(zip(asked, samples, texts))[:show]:
         note = "" if s.ended else "  (truncated)"
         tqdm.write(f"  {encoder.text(g.prompt_ids)[-80:]!r} ▸ {text[:200]!r}{note}")
@@ -1073,8 +1063,8 @@ def main(argv=None):
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
         # A signal and the ten minutes reach one process before another: all act on the same step.
-        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
-        stop = any(common.gather(bool(stopped)))
+        signs = common.gather((time.monotonic() - saved_at > SAVE_SECONDS, bool(stopped)))
+        late, stop = (any(column) for column in zip(*signs))
         if last or stop or asked or late:
             common.save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()

@@ -773,7 +773,7 @@ def sample_and_reward(model, encoder, groups, rewards, args, autocast, n, seed, 
     ids = [s.ids for s in samples]
     ended = [s.ended for s in samples]
     asked = [g for g in groups for _ in range(n)]            # each completion beside its own row
-    texts = [encoder.decode(s.ids, encoder.is_chat(g.prompt)) for g, s in zip(asked, samples)]
+    texts = [encoder.decode(s.ids, g.prompt) for g, s in zip(asked, samples)]
     values = {name: reward(asked, texts, ids, ended) for name, reward in rewards.items()}
     summands = torch.stack(list(values.values())[:len(args.reward)])             # (R, N)
     factors = args.reward_weights or [1.0] * len(args.reward)
@@ -1241,8 +1241,8 @@ def main(argv=None):
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
         # A signal and the ten minutes reach one process before another: all act on the same step.
-        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
-        stop = any(common.gather(bool(stopped)))
+        signs = common.gather((time.monotonic() - saved_at > SAVE_SECONDS, bool(stopped)))
+        late, stop = (any(column) for column in zip(*signs))
         if last or stop or asked or late:
             common.save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()

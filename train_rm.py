@@ -499,9 +499,7 @@ def main(argv=None):
                      f"bradley-terry; --columns unused={given[0]} takes it away.")
         common.read_soft_labels(groups, args.label_smoothing)
         kept = [g for g in groups if len(set(g.scores)) > 1 or args.loss == "pointwise"]
-        if len(kept) < len(groups):
-            account.dropped["where no completion is better than another"] = len(groups) - len(kept)
-        return kept
+        return account.drop(groups, kept, "where no completion is better than another")
 
     # --- shared: setup ---
     device = common.join_processes(args.device)
@@ -620,8 +618,8 @@ def main(argv=None):
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0
         # A signal and the ten minutes reach one process before another: all act on the same step.
-        late = any(common.gather(time.monotonic() - saved_at > SAVE_SECONDS))
-        stop = any(common.gather(bool(stopped)))
+        signs = common.gather((time.monotonic() - saved_at > SAVE_SECONDS, bool(stopped)))
+        late, stop = (any(column) for column in zip(*signs))
         if last or stop or asked or late:
             common.save_checkpoint(out, model, optimizer, step + 1, extra)
             saved_at = time.monotonic()

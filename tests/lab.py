@@ -221,7 +221,7 @@ def draw(folder, rows, n, seed, limit=8):
     groups = []
     for i, (row, ids) in enumerate(zip(rows, prompts)):
         mine = [s.ids for s in samples[i * n:(i + 1) * n]]
-        texts = [encoder.decode(ids, encoder.is_chat(row["prompt"])) for ids in mine]
+        texts = [encoder.decode(ids, row["prompt"]) for ids in mine]
         groups.append(Group("", row["prompt"], texts, row, prompt_ids=ids, completion_ids=mine))
     return groups
 

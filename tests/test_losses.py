@@ -451,30 +451,18 @@ def test_soft_and_distill_need_rewards(tmp_path, capsys):
         assert end.value.code == 2 and "--reward-model" in said and "score_chosen" in said and "line 1" in said
 
 
-def test_without_a_reference_none_is_measured_for_training(tmp_path, monkeypatch):
-    seen = []
-
-    def note(measure, model, groups, *x, for_all=common.for_all):
-        seen.append(len(groups))
-        return for_all(measure, model, groups, *x)
-    monkeypatch.setattr(train_dpo, "for_all", note)
+def test_without_a_reference_none_is_measured_for_training(tmp_path, measured):
     run(tmp_path / "o", "--loss", "simpo")
+    seen = [len(groups) for _, groups in measured]
     assert seen and max(seen) <= 6                           # held-out prompts only: 54 are trained on
 
 
-def test_a_reward_model_labels_the_rows_that_a_step_uses(tmp_path, monkeypatch, capsys):
+def test_a_reward_model_labels_the_rows_that_a_step_uses(tmp_path, measured, capsys):
     torch.manual_seed(1)                                     # of its head: it ranks some pairs the other way
     judge = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1)
     judge.config.max_position_embeddings = 11
     judge.save_pretrained(tmp_path / "judge")
     AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "judge")
-    measured = []
-
-    def note(measure, model, groups, *rest, for_all=common.for_all):
-        measured.append((measure.__name__, groups))
-        return for_all(measure, model, groups, *rest)
-
-    monkeypatch.setattr(train_dpo, "for_all", note)
     flags = f"--loss soft --reward-model {tmp_path}/judge --reward-temperature 2 --max-steps 2 --batch-size 8 --save-every 1"
     flags = f"{flags} --limit 200 --eval-limit 10 --eval-samples 0 --output-dir {tmp_path}/run".split()
     train_dpo.main(flags)

@@ -390,17 +390,10 @@ def test_two_levels_of_draw_give_the_token_of_one_long_sum():
 
 # --- large data -----------------------------------------------------------------------------------
 
-def test_only_rows_that_a_step_uses_get_reference_log_probs(monkeypatch, tmp_path):
-    measured = []
-
-    def note(measure, model, groups, *rest, for_all=common.for_all):
-        measured.append(len(groups))
-        return for_all(measure, model, groups, *rest)
-
-    monkeypatch.setattr(train_dpo, "for_all", note)
+def test_only_rows_that_a_step_uses_get_reference_log_probs(measured, tmp_path):
     flags = "--max-steps 2 --batch-size 8 --eval-limit 10 --eval-samples 0 --output-dir"
     train_dpo.main([*flags.split(), str(tmp_path)])
-    assert measured[0] == 2 * 8 + 10                         # of 2,000 rows
+    assert len(measured[0][1]) == 2 * 8 + 10                 # of 2,000 rows
     assert metrics(tmp_path)[0]["eval/n"] == 10
 
 

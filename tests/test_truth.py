@@ -20,6 +20,7 @@ import train_dpo
 import train_grpo
 import train_rm
 from common import Group, proportion
+from test_score import reward_model
 
 TOY = ROOT / "tests" / "toy"
 
@@ -386,14 +387,7 @@ def test_a8_the_start_line_counts_padding_and_repeated_prompts(tmp_path, capsys)
 
 def trained_rm(folder, **config):
     """The toy with a random head and statistics as train_rm.py stores them."""
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(TOY / "model", num_labels=1)
-    torch.nn.init.normal_(model.score.weight, std=0.3)
-    for name, value in config.items():
-        setattr(model.config, name, value)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
-    return str(folder)
+    return str(reward_model(folder, **config))
 
 
 def test_c_scores_far_from_those_of_the_training_raise_an_alarm(tmp_path, capsys):
