@@ -95,10 +95,11 @@ A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs he
 #        k3        E[(1 − e^d) ∇ log π] = ∇ KL(π_ref ‖ π), the paper's           --kl k3
 #        k3 · ρ    ∇ KL(π ‖ π_ref), unbiased also off policy                     --kl k3-unbiased
 #
-#    (the last: DeepSeek-V3.2, arXiv 2512.02556, and the default here; on policy its gradient is that
-#    of k2, sample by sample). Summed over a completion these take the prefixes as given: what o_1 does to the KL of
-#    o_2 is missing. The KL of whole completions is an expected reward like any other, so by (2) it
-#    is exact, with more variance, where it is subtracted (and the tokens of all completions weigh
+#    (the last: DeepSeek-V3.2, arXiv 2512.02556, the default here; on policy its gradient is that of
+#    k2, sample by sample; with gspo, too, its ρ is the token's, where trl takes the sequence's).
+#    Summed over a completion these take the prefixes as given: what o_1 does to the KL of o_2 is
+#    missing. The KL of whole completions is an expected reward like any other, so by (2) it is
+#    exact, with more variance, where it is subtracted (and the tokens of all completions weigh
 #    alike, as in rloo and dr-grpo):
 #
 #        A(r) − β ( k − mean of the group ),    k = Σ_t k1                  --kl reward       (10)
@@ -108,21 +109,14 @@ A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs he
 
 # --- imports --------------------------------------------------------------------------------------
 import argparse
-import copy
-import functools
 import hashlib
-import importlib.util
-import inspect
+import json
 import math
 import random
 import statistics
-import sys
 import time
-import traceback
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import compress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -130,7 +124,8 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import Group, Plan, fail, for_all, log, reward_scores, sum_by, token_logps, within
+from common import Group, between, fail, for_all, sum_by, token_logps
+from score import RewardError, load_reward
 
 TOY = Path(__file__).parent / "tests" / "toy"
 NAME = Path(__file__).stem.removeprefix("train_")    # a copy of this file writes to runs/ITS NAME
@@ -138,73 +133,92 @@ SAVE_SECONDS = 600                                   # a checkpoint at least thi
 
 
 # --- arguments ------------------------------------------------------------------------------------
+# Blocks between `shared` marks are the same text in other trainers.
+
+class Variant(NamedTuple):
+    """What `--loss` chooses; its defaults of --clip-low, --clip-high and --advantage."""
+    ratio: str                # a "token" has its own, or its completion's "mean" or "sum" of logs
+    weight: Callable          # lengths (N,), --max-new-tokens → weight of each one's tokens
+    clip_low: float
+    clip_high: float
+    advantage: str
+
+
+VARIANTS = {
+    "grpo": Variant("token", lambda n, L: 1 / (n * len(n)), 0.2, 0.2, "group-std"),
+    "dapo": Variant("token", lambda n, L: 1 / n.sum(), 0.2, 0.28, "group-std"),
+    "dr-grpo": Variant("token", lambda n, L: 1 / (len(n) * L), 0.2, 0.2, "none"),
+    "gspo": Variant("mean", lambda n, L: 1 / (n * len(n)), 3e-4, 4e-4, "group-std"),
+    "cispo": Variant("token", lambda n, L: 1 / n.sum(), 1.0, 4.0, "group-std"),
+    "rloo": Variant("sum", lambda n, L: 1 / len(n), 0.2, 0.2, "leave-one-out"),
+}
+
 
 def parse_args(argv=None):
-    p = common.Parser(
+    p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value …]  (--help lists the flags)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=common.HelpFormatter)
     # --- shared: flags ---
-    count = within("[1, 1e12]", int)
-    natural = within("[0, 1e12]", int)
+    count = between(1, 1e12, int)
+    natural = between(0, 1e12, int)
     g = p.add_argument_group("model and data")
     g.add_argument("--model", default=f"{TOY}/model", help="directory or hub id to start from")
-    g.add_argument("--dataset", default="", help=".json .jsonl .csv .parquet (also .gz) or hub id")
+    g.add_argument("--dataset", default=f"{TOY}/pairs.jsonl", help=".json .jsonl .csv (also .gz), .parquet, a save_to_disk folder or hub id")
+    g.add_argument("--dataset-config", help="configuration of a hub dataset")
     g.add_argument("--split", default="train", help="split of a hub dataset")
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
-    g.add_argument("--eval-fraction", type=within("[0, 1)"), default=0.1, help="of the prompts, held out (0 = none)")
-    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts, of --eval-dataset too (0 = all)")
+    g.add_argument("--eval-split", help="evaluate on this split (of --eval-dataset, else of --dataset)")
+    g.add_argument("--eval-fraction", type=between(0, 0.99), default=0.1, help="of the prompts, held out (0 = none)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
-    g.add_argument("--chat", action="store_true", help="plain-text prompts become user turns of the chat template")
+    g.add_argument("--chat", action="store_true", help="plain prompts become user turns of the chat template, transcripts their turns")
     g.add_argument("--chat-template", metavar="FILE", help="Jinja template instead of the tokeniser's own")
+    g.add_argument("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help='for the template: \'{"enable_thinking": false}\'')
     g.add_argument("--max-length", type=count, default=1024, help="tokens of prompt + completion")
     g.add_argument("--overlong", choices=["drop", "truncate"], default="drop", help="groups over --max-length")
     g = p.add_argument_group("run")
     g.add_argument("--output-dir", default=f"runs/{NAME}", help="model, args.json, metrics.jsonl, checkpoint/")
     g.add_argument("--epochs", type=count, default=1, help="passes over the data")
-    g.add_argument("--max-steps", type=natural, default=0, help="optimizer steps; wins over --epochs where > 0")
-    g.add_argument("--batch-size", type=count, default=32, help="groups (prompts) per optimizer step: statistics")
+    g.add_argument("--max-steps", type=natural, default=0, help="steps; wins over --epochs where > 0")
+    g.add_argument("--batch-size", type=count, default=32, help="groups (prompts) per step: statistics")
     g.add_argument("--micro-batch-tokens", type=count, default=8192, help="tokens per forward: memory, not the result")
-    g.add_argument("--learning-rate", "--lr", type=within("[0, inf)"), default=0.0, help="peak; the default suits the toy")
+    g.add_argument("--learning-rate", "--lr", type=between(0, 1e3), default=1e-3, help="peak; the default suits the toy")
     g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine"], default="cosine", help="after warm-up, to 0")
-    g.add_argument("--warmup-steps", type=within("[-1, 1e12]", int), default=-1, help="linear warm-up (< 0: a tenth of the steps)")
-    g.add_argument("--weight-decay", type=within("[0, inf)"), default=0.0, help="AdamW's")
-    g.add_argument("--max-grad-norm", type=within("[0, inf)"), default=1.0, help="clip the gradient's norm (0 = never)")
+    g.add_argument("--warmup-steps", type=between(-1, 1e12, int), default=-1, help="linear warm-up (< 0: a tenth of the steps)")
+    g.add_argument("--weight-decay", type=between(0, 1e3), default=0.0, help="AdamW's")
+    g.add_argument("--max-grad-norm", type=between(1e-9, 1e9), default=1.0, help="clip the gradient's norm")
     g.add_argument("--eval-every", type=natural, default=0, help="steps between evaluations (0 = start and end only)")
     g.add_argument("--save-every", type=natural, default=0, help="steps between checkpoints, besides one every ten minutes")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
-    g.add_argument("--seed", type=within("[0, 2e18]", int), default=0, help="of everything that is random")
-    g.add_argument("--lora-rank", type=common.lora_rank, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
-    g.add_argument("--lora-alpha", type=within("(0, inf)"), help="an adapter's output is scaled by this over its rank (default: 32)")
+    g.add_argument("--seed", type=natural, default=0, help="of everything that is random")
+    g.add_argument("--lora-rank", type=natural, default=0, help="train adapters of this rank on all linear layers, nothing else (0 = all weights)")
+    g.add_argument("--lora-alpha", type=between(1e-9, 1e9), default=32.0, help="an adapter's output is scaled by this over its rank")
     g.add_argument("--gradient-checkpointing", action="store_true", help="keep one activation a layer, compute the rest again in the backward")
-    g.add_argument("--compile", action="store_true", help="compile the layers (training; sampling stays as it is)")
+    g.add_argument("--tensorboard", action="store_true", help="curves in --output-dir as well, live (pip install tensorboard)")
     g.add_argument("--device", default="auto", help="auto = cuda where there is one, else cpu")
     g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="to compute in; weights: float32")
     # --- end shared ---
     g = p.add_argument_group("rewards")
-    g.add_argument("--reward", nargs="+", default=[f"{TOY}/reward.py:right"], metavar="SPEC", help="file.py:function or a reward-model directory")
-    g.add_argument("--reward-weights", nargs="+", type=within("(-inf, inf)"), default=[], metavar="W", help="one per --reward (none: 1 each)")
-    g.add_argument("--reward-aggregate", choices=["sum", "min"], default="sum", help="of the weighted rewards of a completion")
+    g.add_argument("--reward", nargs="+", default=[f"{TOY}/reward.py:right"], metavar="SPEC", help="file.py:function or a reward model")
+    g.add_argument("--reward-weights", nargs="+", type=between(-1e9, 1e9), default=[], metavar="W", help="one per --reward (none: 1 each)")
     g.add_argument("--watch", nargs="+", default=[], metavar="SPEC", help="rewards that are logged and not trained on: gold beside proxy")
-    g.add_argument("--calibrate-length", action="store_true", help="take the length trend stored in a reward model out of its scores")
     g.add_argument("--overlong-penalty", type=natural, default=0, metavar="C", help="penalty 0 … −1 over the last C of --max-new-tokens (0 = none)")
     g = p.add_argument_group("sampling")
-    g.add_argument("--group-size", type=within("[2, 1e6]", int), default=8, help="completions per prompt; their mean is the baseline")
+    g.add_argument("--group-size", type=between(2, 1e6, int), default=8, help="completions per prompt; their mean is the baseline")
     g.add_argument("--max-new-tokens", type=count, default=128, help="longest completion")
-    g.add_argument("--temperature", type=within("(0, inf)"), default=1.0, help="of sampling and of every log-prob that is trained on")
-    g.add_argument("--top-p", type=within("(0, 1]"), default=1.0, help="sample from the smallest set of tokens with this probability (< 1 is off policy)")
+    g.add_argument("--temperature", type=between(1e-3, 1e3), default=1.0, help="of sampling and of every log-prob that is trained on")
     g.add_argument("--dynamic-sampling", action="store_true", help="replace zero-variance groups, up to 4 times a step")
     g.add_argument("--eval-samples", type=natural, default=128, help="held-out prompts to sample for at each evaluation")
-    g.add_argument("--eval-k", type=count, default=4, help="completions for each of them: pass@1 … pass@k")
+    g.add_argument("--eval-k", type=count, default=4, help="completions for each of them: pass@1 and pass@k")
     g = p.add_argument_group("GRPO")
-    g.add_argument("--loss", choices=VARIANTS, default="grpo", help="; ".join(f"{name}: {row.about}" for name, row in VARIANTS.items()))
+    g.add_argument("--loss", choices=VARIANTS, default="grpo", help="the variant, see (5) to (8)")
     g.add_argument("--advantage", choices=["group-std", "batch-std", "none"], help="scale (5); default: none for dr-grpo and rloo, else group-std")
-    g.add_argument("--clip-low", type=within("[0, inf)"), help="ε_low; default by loss: " + ", ".join(f"{name} {row.clip_low:g}" for name, row in VARIANTS.items()))
-    g.add_argument("--clip-high", type=within("[0, inf)"), help="ε_high; default by loss: " + ", ".join(f"{name} {row.clip_high:g}" for name, row in VARIANTS.items()))
-    g.add_argument("--dual-clip", type=within("[0, inf)"), default=0.0, metavar="C", help="grpo, dapo, dr-grpo: for A < 0 no objective below C·A, C > 1 (0 = off)")
-    g.add_argument("--beta", type=within("[0, inf)"), default=0.04, help="weight of the KL to the reference (0: none is loaded)")
+    g.add_argument("--clip-low", type=between(0, 1e9), help="ε_low; default by loss: " + ", ".join(f"{name} {row.clip_low:g}" for name, row in VARIANTS.items()))
+    g.add_argument("--clip-high", type=between(0, 1e9), help="ε_high; default by loss: " + ", ".join(f"{name} {row.clip_high:g}" for name, row in VARIANTS.items()))
+    g.add_argument("--beta", type=between(0, 1e9), default=0.04, help="weight of the KL to the reference (0: none is loaded)")
     g.add_argument("--kl", choices=["k3-unbiased", "k3", "k2", "reward"], default="k3-unbiased", help="estimator and place of the KL (9) (10); k3: the paper's")
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
     g.add_argument("--updates-per-batch", type=count, default=1, help="passes over each batch of samples")
@@ -218,310 +232,84 @@ def parse_args(argv=None):
         p.error("--overlong-penalty is at most --max-new-tokens: more would punish all completions")
     if args.loss == "cispo" and args.clip_low is not None:
         p.error("--clip-low: --loss cispo clips its weight from above only")
-    if args.kl != p.get_default("kl") and not args.beta:
-        p.error(f"--kl {args.kl} without a KL: set --beta above 0")
-    if args.ref_model and not args.beta:
-        p.error("--ref-model without a KL: set --beta above 0")
-    if args.dual_clip and (args.loss not in ("grpo", "dapo", "dr-grpo") or args.dual_clip <= 1):
-        p.error("--dual-clip is above 1 and goes with --loss grpo, dapo or dr-grpo")
+    if not args.beta and (args.kl != p.get_default("kl") or args.ref_model):
+        p.error("--kl and --ref-model without a KL: set --beta above 0")
     if args.loss == "rloo" and args.advantage not in (None, "none"):
         p.error("--loss rloo has its own baseline (3) and no scale: drop --advantage")
     if args.reward_weights and len(args.reward_weights) != len(args.reward):
         p.error(f"--reward-weights needs {len(args.reward)} numbers, one per --reward")
-    reward_models = [spec for spec in args.reward + args.watch if Path(spec).is_dir()]
-    if args.calibrate_length and not reward_models:
-        p.error("--calibrate-length needs a reward-model directory among --reward and --watch")
-    names = ("model", "ref_model", "dataset", "eval_dataset", "chat_template", "reward", "watch")
-    common.check_run(args, names)
+    if args.max_new_tokens >= args.max_length:
+        p.error("--max-new-tokens leaves no room for a prompt within --max-length")
+
+    # What the loss decides where no flag does.
+    row = VARIANTS[args.loss]
+    args.clip_low = row.clip_low if args.clip_low is None else args.clip_low
+    args.clip_high = row.clip_high if args.clip_high is None else args.clip_high
+    if args.advantage is None or args.loss == "rloo":
+        args.advantage = row.advantage
     return args
 
 
 # --- the algorithm: pure functions ----------------------------------------------------------------
-# Shapes: P prompts with G completions each, N = P·G, and M tokens in all of them; a micro-batch has
-# T tokens. A column of completions is (N,), viewed as (P, G) where groups matter; a column of
-# tokens is (M,), completion after completion.
+# Shapes: P prompts with G completions each, N = P·G; K of these completions, T tokens in all, are a
+# micro-batch. Columns of completions are (N,), prompt after prompt, viewed as (P, G) where groups
+# matter. A reward is NaN where there is none.
 
-@dataclass
-class Rollout:
-    """What was sampled and rewarded, in columns: completion i belongs to prompt i // G."""
-    groups: list              # (P,) the prompts
-    ids: list                 # (N,) token ids, with the end token where it ended
-    texts: list               # (N,) what the policy wrote, without the end token
-    ended: torch.Tensor       # (N,) False: truncated at --max-new-tokens
-    logps: torch.Tensor       # (N,) log π_old(o|x), float64
-    rewards: dict             # name → (N,) float64, NaN for none; also those that are only watched
-    reward: torch.Tensor      # (N,) float64, what is trained on, NaN for none
-    seconds: Counter          # what went to "sample" and to "reward"
-
-    @property
-    def size(self):
-        """G"""
-        return len(self.ids) // len(self.groups)
-
-    @property
-    def prompt(self):
-        """Which prompt each completion belongs to: (N,)"""
-        return torch.arange(len(self.ids)) // self.size
-
-    @property
-    def lengths(self):
-        """Tokens of each completion, end included: (N,)"""
-        return torch.tensor([len(ids) for ids in self.ids])
-
-    def by_prompt(self, column):
-        """(N,) → (P, G)"""
-        return column.view(len(self.groups), -1)
-
-    def span(self, p):
-        """The part of a column that belongs to prompt p."""
-        return slice(p * self.size, (p + 1) * self.size)
-
-    def join(self, other):
-        """Both, one after the other."""
-        rewards = {name: torch.cat([r, other.rewards[name]]) for name, r in self.rewards.items()}
-        return Rollout(
-            groups=self.groups + other.groups,
-            ids=self.ids + other.ids,
-            texts=self.texts + other.texts,
-            ended=torch.cat([self.ended, other.ended]),
-            logps=torch.cat([self.logps, other.logps]),
-            rewards=rewards,
-            reward=torch.cat([self.reward, other.reward]),
-            seconds=self.seconds + other.seconds)
-
-    def take(self, keep):
-        """The prompts that keep (P,) marks, with their completions."""
-        mine = keep.repeat_interleave(self.size)                                 # (N,)
-        return Rollout(
-            groups=list(compress(self.groups, keep)),
-            ids=list(compress(self.ids, mine)),
-            texts=list(compress(self.texts, mine)),
-            ended=self.ended[mine],
-            logps=self.logps[mine],
-            rewards={name: r[mine] for name, r in self.rewards.items()},
-            reward=self.reward[mine],
-            seconds=self.seconds)
+def combine(rewards, args):
+    """Those of one completion → their weighted sum; NaN where there is none."""
+    weights = args.reward_weights or [1.0] * len(rewards)
+    known = [w * r for w, r in zip(weights, rewards) if not math.isnan(r)]
+    return sum(known) if known else math.nan
 
 
 def zero_variance(r):
-    """(P, G) rewards, NaN for none → (P,) True where no two rewards of the group differ."""
+    """(P, G) rewards → (P,) True where no two of a group differ."""
     highest = torch.where(r.isnan(), -math.inf, r).amax(1)
     lowest = torch.where(r.isnan(), math.inf, r).amin(1)
     return highest <= lowest
 
 
-def centre(r):
-    """(P, G) rewards, NaN for none → minus the group's mean (P, G), 0 for none; n and std (P, 1).
-
-    std with n − 1, 0 where n < 2. In float32 eight rewards of 0.1 would have a std of 8e-9.
-    """
-    r = r.double()
-    n = (~r.isnan()).sum(1, keepdim=True)
-    centred = (r - r.nanmean(1, keepdim=True)).nan_to_num(0)
-    std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    return centred, n, std
-
-
 def advantages(r, scale):
-    """(P, G) rewards, NaN for none → (P, G), 0 there and in zero-variance groups. (5)"""
-    A, n, std = centre(r)
+    """(P, G) float64 rewards → (P, G), 0 where there is none and in zero-variance groups. (5)"""
+    n = (~r.isnan()).sum(1, keepdim=True)                                        # (P, 1)
+    A = (r - r.nanmean(1, keepdim=True)).nan_to_num(0)                           # (P, G)
     if scale == "leave-one-out":
         A = A * n / (n - 1).clamp(min=1)                                         # (3)
     elif scale == "group-std":
+        std = (A.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()    # (P, 1)
         A = A / (std + 1e-4)
     elif scale == "batch-std":
-        every = r[~r.isnan()].double()
-        A = A / ((every.std() if len(every) > 1 else 0) + 1e-4)
+        A = A / (r[~r.isnan()].std() + 1e-4)
     return torch.where(zero_variance(r)[:, None], 0, A).float()
 
 
-def advantage_scale(args):
-    """--advantage, or the variant's own; rloo's baseline (3) leaves no choice."""
-    own = VARIANTS[args.loss].advantage
-    return own if own == "leave-one-out" else args.advantage or own
+def overlong_penalty(n, limit, last):
+    """(N,) tokens → 0 up to limit − last of them, from there linear to −1 (Yu et al. 2025, 13)."""
+    return ((limit - last - n).double() / last).clamp(-1, 0)
 
 
-def overlong_penalty(lengths, limit, last):
-    """Soft punishment of length (Yu et al. 2025, eq. 13): (N,) tokens → (N,) from 0 to −1.
+def surrogate(logp, old, A, owner, n, args):
+    """Losses of tokens (T,), to be weighted, and (T,) True where clipping acted.
 
-    0 up to limit − last tokens, from there linear to −1 at the limit; last = 0: none.
+    (T,) log π now, log π_old, advantages, which of the K completions it belongs to; n (K,) lengths.
     """
-    if not last:
-        return torch.zeros(len(lengths), dtype=torch.float64)
-    return ((limit - last - lengths).double() / last).clamp(-1, 0)
+    ratio_of = VARIANTS[args.loss].ratio
+    log_ratio = logp - old                                                       # (T,)
+    if ratio_of != "token":
+        log_ratio = sum_by(log_ratio, owner, len(n))                             # (K,)
+        log_ratio = (log_ratio / n if ratio_of == "mean" else log_ratio)[owner]  # (T,)  (7)
+    ratio = log_ratio.clamp(-20, 20).exp()       # e^20 is large enough; e^100 is infinite
+    low = 1 - args.clip_low
+    high = 1 + args.clip_high
 
+    if args.loss == "cispo":                                                     # (8)
+        return -ratio.detach().clamp(max=high) * A * logp, (ratio > high) & (A != 0)
 
-def combine(values, factors, how):
-    """(R, N) rewards → (N,) weighted sum or minimum of the non-missing, NaN if all are missing."""
-    weighted = values * torch.tensor(factors, dtype=torch.float64)[:, None]
-    result = weighted.nansum(0)
-    if how == "min":
-        result = torch.where(weighted.isnan(), math.inf, weighted).amin(0)
-    return torch.where(weighted.isnan().all(0), math.nan, result)
-
-
-@dataclass
-class Tokens:
-    """What an update needs of tokens, in columns: all M of a step, or the T of a micro-batch."""
-    A: torch.Tensor           # (M,) advantage
-    weight: torch.Tensor      # (M,) of its loss; 0 where its completion does not count
-    old: torch.Tensor         # (M,) log π_old; NaN with a single update, where it equals log π
-    ref: torch.Tensor         # (M,) log π_ref; NaN without a KL
-    owner: torch.Tensor       # (M,) which of the N completions it belongs to
-    lengths: torch.Tensor     # (N,) tokens of each completion
-    logp: torch.Tensor | None = None      # (T,) log π, with its gradient: in a micro-batch
-
-    def of(self, groups, logp):
-        """Those of a micro-batch that count. logp: (T,) the log-probs of all its tokens now."""
-        index = token_index(groups, self.lengths)                                # (T,)
-        counts = self.weight[index] > 0
-        index = index[counts]
-        # Selected, not multiplied by 0: NaN · 0 is NaN, and what does not count may hold NaN.
-        logp = logp[counts.to(logp.device)]
-
-        def select(column):
-            return column[index].to(logp.device)
-
-        old = select(self.old)
-        return Tokens(
-            A=select(self.A),
-            weight=select(self.weight),
-            old=torch.where(old.isnan(), logp.detach(), old),
-            ref=select(self.ref),
-            owner=select(self.owner),
-            lengths=self.lengths.to(logp.device),
-            logp=logp)
-
-    def total(self, values):
-        """(T,) → (N,) sums over the tokens of each completion."""
-        return sum_by(values, self.owner, len(self.lengths))
-
-
-def token_index(groups, lengths):
-    """Where in a column of tokens, (M,), those of some groups' completions stand: (T,)."""
-    spans = torch.arange(int(lengths.sum())).split(lengths.tolist())             # N × (n_i,)
-    return torch.cat([spans[i] for g in groups for i in g.index])
-
-
-# A ratio: Tokens → its logarithm for each token (T,).
-
-def token_ratio(x):
-    return x.logp - x.old
-
-
-def mean_ratio(x):
-    return (x.total(x.logp - x.old) / x.lengths)[x.owner]                        # (7)
-
-
-def sum_ratio(x):
-    return x.total(x.logp - x.old)[x.owner]
-
-
-# A surrogate: Tokens, log-ratio (T,), args → losses (T,), to be weighted, and (T,) True where
-# clipping acted.
-
-def bounded_exp(log_ratio):
-    return log_ratio.clamp(-20, 20).exp()        # e^20 is large enough; e^100 is infinite
-
-
-def clip_range(args):
-    """Lowest and highest ratio: the flags', or the variant's own."""
-    row = VARIANTS[args.loss]
-    low = row.clip_low if args.clip_low is None else args.clip_low
-    high = row.clip_high if args.clip_high is None else args.clip_high
-    return 1 - low, 1 + high
-
-
-def clipped(x, log_ratio, args):
-    """−min( ρ A, clip(ρ) A ); for A < 0 with --dual-clip C no objective below C·A. (6)"""
-    low, high = clip_range(args)
-    ratio = bounded_exp(log_ratio)
-    objective = torch.minimum(ratio * x.A, ratio.clamp(low, high) * x.A)
-    zeroed = (x.A > 0) & (ratio > high) | (x.A < 0) & (ratio < low)
-    if args.dual_clip:
-        bounded = torch.maximum(objective, args.dual_clip * x.A)
-        objective = torch.where(x.A < 0, bounded, objective)
-        zeroed |= (x.A < 0) & (ratio > args.dual_clip)
-    return -objective, zeroed
-
-
-def clipped_once(x, log_ratio, args):
-    """clipped(), but once a completion: each of its n tokens holds 1/n of it."""
-    losses, zeroed = clipped(x, log_ratio, args)
-    return losses / x.lengths[x.owner], zeroed
-
-
-def cispo(x, log_ratio, args):
-    """−sg[ min(ρ, 1 + ε_high) ] A log π: clips the weight and keeps the gradient. (8)"""
-    high = clip_range(args)[1]
-    ratio = bounded_exp(log_ratio.detach())
-    return -ratio.clamp(max=high) * x.A * x.logp, (ratio > high) & (x.A != 0)
-
-
-# A weight: lengths (C,) of the completions that count in an optimizer step, args → the weight of
-# each of their tokens, a number or (C,).
-
-def per_completion(n, args):
-    return 1 / (n * len(n))
-
-
-def per_token(n, args):
-    return 1 / n.sum()
-
-
-def by_constant(n, args):
-    return 1 / (len(n) * args.max_new_tokens)
-
-
-def per_sequence(n, args):
-    return 1 / len(n)
-
-
-class Variant(NamedTuple):
-    """A row of VARIANTS: what `--loss` chooses."""
-    about: str                # for --help, with the paper
-    ratio: Callable           # Tokens → log-ratio of each token (T,)
-    surrogate: Callable       # (Tokens, log-ratio, args) → losses (T,), where clipping acted (T,)
-    weight: Callable          # (lengths (C,), args) → weight of a token of each completion
-    clip_low: float           # default of --clip-low
-    clip_high: float          # default of --clip-high
-    advantage: str            # default of --advantage; "leave-one-out" cannot be changed
-
-
-VARIANTS = {
-    "grpo": Variant(
-        "ratio per token, mean per completion (Shao et al. 2024, arXiv 2402.03300, eq. 3)",
-        token_ratio, clipped, per_completion, 0.2, 0.2, "group-std"),
-    "dapo": Variant(
-        "as grpo, mean over tokens, higher upper clip (Yu et al. 2025, arXiv 2503.14476, eq. 8)",
-        token_ratio, clipped, per_token, 0.2, 0.28, "group-std"),
-    "dr-grpo": Variant(
-        "as grpo, over --max-new-tokens, no std (Liu et al. 2025, arXiv 2503.20783)",
-        token_ratio, clipped, by_constant, 0.2, 0.2, "none"),
-    "gspo": Variant(
-        "one ratio per completion, a mean of logs (Zheng et al. 2025, arXiv 2507.18071, eq. 5)",
-        mean_ratio, clipped, per_completion, 3e-4, 4e-4, "group-std"),
-    "cispo": Variant(
-        "clips the weight, not the token; token mean (MiniMax 2025, arXiv 2506.13585, eq. 4)",
-        token_ratio, cispo, per_token, 1.0, 4.0, "group-std"),
-    "rloo": Variant(
-        "whole completion's ratio, leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740)",
-        sum_ratio, clipped_once, per_sequence, 0.2, 0.2, "leave-one-out"),
-}
-
-
-def weights(lengths, counted, minibatch, args):
-    """The weight of each token of a completion: (N,), so that a sum over tokens is the loss.
-
-    lengths (N,) tokens; counted (N,) False: weight 0, and in no denominator; minibatch (N,) the
-    number of its minibatch: each has its own denominators.
-    """
-    result = torch.zeros(len(lengths))
-    for number in minibatch.unique():
-        mine = counted & (minibatch == number)
-        if mine.any():
-            result[mine] = VARIANTS[args.loss].weight(lengths[mine].float(), args)
-    return result
+    objective = torch.minimum(ratio * A, ratio.clamp(low, high) * A)             # (6)
+    clipped = (A > 0) & (ratio > high) | (A < 0) & (ratio < low)
+    if ratio_of == "sum":                        # the completion's: each of its tokens holds 1/n
+        objective = objective / n[owner]
+    return -objective, clipped
 
 
 def kl_term(kind, logp, old, ref):
@@ -533,38 +321,7 @@ def kl_term(kind, logp, old, ref):
     k3 = d.exp() - 1 - d
     if kind == "k3":
         return k3                                            # ∇ KL(π_ref ‖ π)
-    return bounded_exp(logp - old) * k3                      # ∇ KL(π ‖ π_ref)
-
-
-def micro_loss(x, args):
-    """Tokens of a micro-batch → (its part of the loss, Counter of metric sums).
-
-    The weights hold every denominator of the step, so how it is cut into micro-batches does not
-    change its gradient.
-    """
-    variant = VARIANTS[args.loss]
-    losses, zeroed = variant.surrogate(x, variant.ratio(x), args)                # (T,), (T,)
-    if args.beta and args.kl != "reward":
-        losses = losses + args.beta * kl_term(args.kl, x.logp, x.old, x.ref)
-    loss = (losses * x.weight).sum()
-
-    sums = Counter(loss=loss.item(), clip_ratio=zeroed.sum().item(), tokens=len(x.logp))
-    if args.beta:
-        sums["kl"] = kl_term("k3", x.old, x.old, x.ref).sum().item()
-    return loss, sums
-
-
-def means(sums, norms, seconds):
-    """Sums over the updates of a step, norms of their gradients, the time they took → metrics."""
-    result = {
-        "loss": sums["loss"] / len(norms),
-        "grad_norm": statistics.mean(norms),
-        "seconds/update": seconds,
-        "tokens_per_second": sums["computed"] / seconds}
-    for name in ("clip_ratio", "kl"):
-        if name in sums:
-            result[name] = sums[name] / max(1, sums["tokens"])
-    return result
+    return (logp - old).clamp(-20, 20).exp() * k3            # ∇ KL(π ‖ π_ref)
 
 
 def pass_at_k(n, correct, k):
@@ -572,449 +329,188 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-# --- rewards --------------------------------------------------------------------------------------
-# A reward: (groups, texts, ids, ended), all (N,) → (N,) float64, NaN for none. groups[i] is the
-# prompt of completion i, texts what the policy wrote, ended False where it was truncated.
+# --- sample and reward ----------------------------------------------------------------------------
 
-class RewardError(Exception):
-    """A reward that cannot be used, in one sentence. The run ends, but loses nothing."""
+@dataclass
+class Rollout:
+    """One prompt with its G sampled completions. Of P of them all columns are (N,), in order."""
+    group: Group              # prompt and row; texts, ids (end token included) and ended of each
+    logps: list               # (G,) log π_old of each
+    rewards: dict = field(default_factory=dict)      # {name: (G,)}, those of --watch too
+    reward: list = field(default_factory=list)       # (G,) what is trained on
 
 
-FLAG = "--reward or --watch"         # whose values load_rewards() reads, for messages
-
-
-def load_rewards(specs, args, device):
-    """Specs (file.py:function, reward-model directory) → name → reward; no two have one name."""
+def load_rewards(args, device):
+    """--reward and --watch → {name: Reward}, in that order; no two have one name."""
     rewards = {}
-    modules = {}
-    for spec in specs:
-        file, _, name = spec.rpartition(":")
-        what = f"{FLAG} {spec}"
-        if Path(spec).is_dir():
-            name = Path(spec).name
-            reward = model_reward(spec, what, args, device)
-        elif file.endswith(".py") and Path(file).is_file():
-            if file not in modules:
-                modules[file] = load_module(file, f"reward_{len(modules)}", what)
-            function = getattr(modules[file], name, None)
-            if not callable(function):
-                fail(f"{what}: {file} has no function '{name}'.")
-            reward = function_reward(function, what)
-        else:
-            fail(f"{what}: neither file.py:function nor a reward-model directory.")
-        rewards[f"{name}_{len(rewards)}" if name in rewards else name] = reward
+    for spec in args.reward + args.watch:
+        reward = load_reward(spec, args, device)
+        name = f"{reward.name}_{len(rewards)}" if reward.name in rewards else reward.name
+        rewards[name] = reward
+        if reward.model and not hasattr(reward.model.config, "reward_std"):
+            print(f"note: {spec} does not store the mean and std of its scores, as models of "
+                  "train_rm.py do: they are taken as they are")
     return rewards
 
 
-def rewards_fingerprint(args):
-    """Hash of the files of all rewards, trained on or watched."""
-    hashes = []
-    for spec in args.reward + args.watch:
-        path = spec if Path(spec).is_dir() else spec.rpartition(":")[0]
-        hashes.append(common.file_fingerprint(path))
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+def reward_of(reward, groups, args, autocast):
+    """[a number for every completion] of some groups; of a reward model the z-score, by the mean
+    and std that train_rm.py stored."""
+    views = list(reward.read(groups).values())
+    if len(views) < len(groups):
+        raise RewardError(f"{reward.name}: a completion has more tokens than it can read.")
+    scores = sum(reward.measure(views, args, autocast), [])                      # (N,)
+    config = getattr(reward.model, "config", None)
+    if hasattr(config, "reward_std"):
+        scores = [(score - config.reward_mean) / (config.reward_std or 1) for score in scores]
+    return scores
 
 
-def load_module(file, name, what):
-    """A file as python runs it: known by name, its folder importable."""
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.append(str(Path(file).parent))
-    with common.failing(f"{what}: cannot be imported"):
-        try:
-            spec.loader.exec_module(module)
-        except SystemExit as error:                          # it would end the run as if done
-            raise RuntimeError(f"it calls sys.exit({error.code})") from error
-        except SyntaxError as error:
-            raise RuntimeError(f"line {error.lineno}: {error.msg}") from error
-    return module
+def flat(rollouts, name):
+    """One value of every completion: (N,) float64. name: a column of Rollout, or a reward."""
+    parts = [one.rewards[name] if name in one.rewards else getattr(one, name) for one in rollouts]
+    return torch.tensor([value for part in parts for value in part], dtype=torch.float64)
 
 
-def function_reward(function, what):
-    """A user's f(prompts, completions, **columns) → list, a number or None per completion.
-
-    In a chat a completion is [{"role": "assistant", "content": …}], as in trl.
-    """
-    def ask(groups, texts, ids):
-        given = reward_arguments(groups, texts, ids)
-        try:
-            inspect.signature(function).bind(**given)
-        except TypeError as error:
-            raise RewardError(f"{what}: {error}; it is called with {', '.join(given)}, and "
-                              "f(prompts, completions, **columns) takes any.")
-        try:
-            values = function(**given)
-        except (Exception, SystemExit) as error:             # sys.exit(0) would end the run as done
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(f"{what}: {common.first_line(error)}, in line {frame.lineno} of "
-                              f"{frame.filename}.")
-        return checked(values, texts, what)
-
-    def reward(groups, texts, ids, ended):
-        # A function may be slow or random: each process asks about its own prompts, once.
-        mine = common.my_share([id(g) for g in groups])
-        some = [(groups[i], texts[i], ids[i]) for i in mine]
-        try:
-            outcome = dict(zip(mine, ask(*zip(*some)).tolist())) if mine else {}
-        except RewardError as error:
-            outcome = error
-        values = {}
-        for one in common.gather(outcome):
-            if isinstance(one, RewardError):
-                raise one                # in all processes, whichever had it
-            values |= one
-        return torch.tensor([values[i] for i in range(len(texts))], dtype=torch.float64)
-    return reward
+def lengths_of(rollouts):
+    """(N,) tokens, end included."""
+    return torch.tensor([len(ids) for one in rollouts for ids in one.group.completion_ids])
 
 
-def reward_arguments(groups, texts, ids):
-    """What a reward function is called with: copies, for it may change them."""
-    said = []
-    for g, text in zip(groups, texts):
-        chat = not isinstance(g.prompt, str)
-        said.append([{"role": "assistant", "content": text}] if chat else text)
-    given = {
-        "prompts": [copy.deepcopy(g.prompt) for g in groups],
-        "completions": said,
-        "completion_ids": [list(one) for one in ids]}
-    names = dict.fromkeys(name for g in groups for name in g.row)    # a row may lack some
-    for name in names:
-        if name not in given and name != "prompt":
-            given[name] = [copy.deepcopy(g.row.get(name)) for g in groups]
-    return given
+def reward_column(rollouts, args):
+    """(N,) float64: what is trained on; NaN where there is none, or --mask-truncated says so."""
+    r = flat(rollouts, "reward")
+    if args.mask_truncated:
+        cut = [not ended for one in rollouts for ended in one.group.ended]
+        r[torch.tensor(cut, dtype=torch.bool)] = math.nan
+    return r
 
 
-def checked(values, texts, what):
-    """N numbers or None, as a list, an array or a tensor → (N,) float64, NaN for None."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, (list, tuple)) or len(values) != len(texts):
-        count = len(values) if hasattr(values, "__len__") else repr(values)
-        raise RewardError(f"{what}: it returned {count} values for {len(texts)} completions.")
-    numbers = []
-    for value, text in zip(values, texts):
-        try:
-            number = math.nan if value is None else float(value)
-        except (TypeError, ValueError, OverflowError):       # no number, or 10 ** 400
-            number = math.inf
-        if isinstance(value, str) or value is not None and not math.isfinite(number):
-            raise RewardError(f"{what}: its reward is {value!r:.60} for the completion "
-                              f"{text[:60]!r}, not a finite number and not None.")
-        numbers.append(number)
-    return torch.tensor(numbers, dtype=torch.float64)
+def varied(rollouts, args):
+    """Those that are not zero-variance, on the raw reward, before length shaping (as in DAPO)."""
+    same = zero_variance(reward_column(rollouts, args).view(-1, args.group_size))    # (P,)
+    return [one for one, alike in zip(rollouts, same.tolist()) if not alike]
 
 
-def model_reward(path, what, args, device):
-    """A reward model with its own tokeniser and template, z-scored by its stored statistics.
-
-    As in its training and in score.py a completion has an end token only where it ended.
-    """
-    encoder = common.load_encoder(path, chat=args.chat, flag=FLAG)
-    model = common.load_reward_model(path, encoder, device, FLAG)
-    autocast = common.pick_autocast(args.dtype, device)
-    mean = getattr(model.config, "reward_mean", 0.0)
-    width = "reward_std_calibrated" if args.calibrate_length else "reward_std"
-    std = getattr(model.config, width, 1.0) or 1.0
-    curve = getattr(model.config, "reward_by_length", None)
-    packed = None                                            # not known before the first completion
-    if not hasattr(model.config, "reward_mean"):
-        print(f"note: {path} stores no statistics of its scores (train_rm.py does), so they are "
-              "not z-scored")
-    if args.calibrate_length and not (curve and hasattr(model.config, width)):
-        fail(f"--calibrate-length: {path} stores no length curve, or no std of its scores without "
-             "their length trend; train it with train_rm.py.")
-
-    def reward(groups, texts, ids, ended):
-        nonlocal packed
-        scored = []
-        for g, text, whole in zip(groups, texts, ended):
-            one = encoder(replace(g, completions=[text]))
-            if not whole and len(one.completion_ids[0]) > 1:
-                one.completion_ids[0].pop()
-            scored.append(one)
-        longest = max(map(Group.tokens, scored))
-        if longest > encoder.max_positions:
-            raise RewardError(f"{what}: a prompt and its completion are {longest} of its tokens, "
-                              f"and it has {encoder.max_positions} positions; lower --max-length "
-                              "or --max-new-tokens.")
-
-        if packed is None:
-            packed = common.can_pack(model, scored, reward_scores)
-        scores = for_all(
-            reward_scores, model, scored, args.micro_batch_tokens, packed, autocast, "")
-        values = scores.double()                                                 # (N,)
-        if args.calibrate_length:
-            lengths = [len(g.completion_ids[0]) for g in scored]
-            values = common.calibrate(values, lengths, curve, mean)
-        return (checked(values, texts, what) - mean) / std
-
-    reward.unit = hasattr(model.config, "reward_mean")
-    return reward
-
-
-# --- rollouts -------------------------------------------------------------------------------------
-
-def draw_seed(*parts):
-    """A seed made of run seed, purpose and step: nothing random is carried from step to step, so
-    resuming is exact."""
-    return int(hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:15], 16)
-
-
-def sample_and_reward(model, encoder, groups, rewards, args, autocast, n, seed, progress=""):
-    """n completions of each prompt → Rollout. rewards: those of --reward, then those of --watch."""
-    began = time.perf_counter()
-    prompts = [g.prompt_ids for g in groups]
-    with autocast:
-        samples = common.sample(
-            model, prompts, n, args.max_new_tokens, encoder.stops, args.temperature, args.top_p,
-            seed=seed, progress=progress)
-    sampled = time.perf_counter()
-
-    ids = [s.ids for s in samples]
-    ended = [s.ended for s in samples]
-    asked = [g for g in groups for _ in range(n)]            # each completion beside its own row
-    texts = [encoder.decode(s.ids, g.prompt) for g, s in zip(asked, samples)]
-    values = {name: reward(asked, texts, ids, ended) for name, reward in rewards.items()}
-    summands = torch.stack(list(values.values())[:len(args.reward)])             # (R, N)
-    factors = args.reward_weights or [1.0] * len(args.reward)
-    return Rollout(
-        groups=groups,
-        ids=ids,
-        texts=texts,
-        ended=torch.tensor(ended),
-        logps=torch.tensor([sum(s.logps) for s in samples], dtype=torch.float64),
-        rewards=values,
-        reward=combine(summands, factors, args.reward_aggregate),
-        seconds=Counter(sample=sampled - began, reward=time.perf_counter() - sampled))
-
-
-def counted_reward(rollout, args):
-    """The reward with NaN, as where there is none, for what --mask-truncated leaves out: (N,)"""
-    masked = ~rollout.ended & args.mask_truncated
-    return torch.where(masked, math.nan, rollout.reward)
-
-
-def fill(rollout, sample_more, train, asked, args, step):
+def fill(rollouts, roll_out, train, asked, step, args):
     """Dynamic sampling: zero-variance groups give way to groups for other prompts of `train`, in at
-    most 4 rounds. On the raw reward, before length shaping (as in DAPO).
-
-    sample_more(prompts, seed) → Rollout; asked: numbers of the prompts that the step began with.
-    Returns (what to learn from, all that was sampled).
-    """
-    def varied(some):
-        return some.take(~zero_variance(some.by_prompt(counted_reward(some, args))))
-
-    every = rollout
-    kept = varied(rollout)
+    most 4 rounds. asked: numbers of the prompts so far → (what to learn from, all samples)."""
+    sampled = list(rollouts)
+    kept = varied(rollouts, args)
     left = sorted(set(range(len(train))) - set(asked))
     for attempt in range(1, 5):
-        needed = min(len(left), len(rollout.groups) - len(kept.groups))
-        if not needed:
-            break
+        needed = min(len(left), len(rollouts) - len(kept))
         chosen = random.Random(f"{args.seed} {step} {attempt}").sample(left, needed)
         left = sorted(set(left) - set(chosen))
-        seed = draw_seed(args.seed, "train", step, attempt)
-        more = sample_more([train[i] for i in chosen], seed)
-        every = every.join(more)
-        kept = kept.join(varied(more))
-    return kept, every
+        if chosen:
+            more = roll_out([train[i] for i in chosen], args.group_size, "train", step, attempt)
+            sampled += more
+            kept += varied(more, args)
+    return kept, sampled
 
 
-def as_groups(rollout, wanted, args, packed):
-    """Those completions of a rollout that wanted (N,) marks, as groups; g.index says which.
+# --- what the updates need ------------------------------------------------------------------------
+
+def as_groups(rollouts, places, packed, args):
+    """The completions at these places of N as groups → ([group], [its places]).
 
     A group over the budget is split: the loss is a sum over completions, so it may be. Where
     nothing is packed, and so no prompt is shared, every completion stands alone.
     """
     groups = []
-    prompt_of = rollout.prompt.tolist()
-    for i in wanted.nonzero()[:, 0].tolist():
-        ids = rollout.ids[i]
-        same = groups and prompt_of[groups[-1].index[-1]] == prompt_of[i]
+    places_of = []
+    for i in places:
+        group = rollouts[i // args.group_size].group
+        ids = group.completion_ids[i % args.group_size]
+        same = places_of and places_of[-1][0] // args.group_size == i // args.group_size
         if packed and same and groups[-1].tokens() + len(ids) <= args.micro_batch_tokens:
             groups[-1].completion_ids.append(ids)
-            groups[-1].index.append(i)
+            places_of[-1].append(i)
         else:
-            prompt = rollout.groups[prompt_of[i]]
-            groups.append(replace(prompt, completion_ids=[ids], index=[i]))
-    return groups
+            groups.append(replace(group, completion_ids=[ids]))
+            places_of.append([i])
+    return groups, places_of
 
 
-def log_probs(model, minibatches, lengths, args, packed, autocast):
-    """log π of the tokens of the minibatches before the update: (M,), NaN for others or no model.
+def log_probs(model, minibatches, packed, args, autocast):
+    """log π of the tokens of each completion before the update: {its place: (n_i,)}. Computed in
+    the micro-batches of the update, so that at the first one ρ is exactly 1."""
+    def measure(model, batch):
+        return token_logps(model, batch, args.temperature)
 
-    Computed in the micro-batches of the update, so that at the first one ρ is exactly 1.
-    """
-    column = torch.full((int(lengths.sum()),), math.nan)
-    measure = functools.partial(token_logps, temperature=args.temperature)
-    for groups in minibatches:
-        if model is not None and groups:
-            column[token_index(groups, lengths)] = for_all(
-                measure, model, groups, args.micro_batch_tokens, packed, autocast, "")
-    return column
-
-
-def prepare(rollout, model, reference, args, packed, autocast):
-    """What the updates of a step need → (advantages (N,), minibatches, Tokens).
-
-    A minibatch is a list of groups: one optimizer step's completions that need a gradient.
-    """
-    lengths = rollout.lengths                                                    # (N,)
-    penalty = overlong_penalty(lengths, args.max_new_tokens, args.overlong_penalty)
-    reward = counted_reward(rollout, args) + penalty                             # (N,)
-    scale = advantage_scale(args)
-    A = advantages(rollout.by_prompt(reward), scale).flatten()                   # (N,)
-
-    # What counts is in the denominators; without a KL, advantage 0 needs no computation.
-    counted = ~reward.isnan()                                                    # (N,)
-    needs_gradient = counted & ((A != 0) | (args.beta > 0))                      # (N,)
-
-    minibatch = rollout.prompt % args.minibatches                                # (N,)
-    minibatches = []
-    for number in minibatch.unique():
-        wanted = needs_gradient & (minibatch == number)
-        minibatches.append(as_groups(rollout, wanted, args, packed))
-
-    # Log-probs before the first update. A single update needs none: its own log π are those of
-    # π_old, and Tokens.of() puts them in place of NaN.
-    several = len(minibatches) * args.updates_per_batch > 1
-    policy = model if several or args.kl == "reward" else None
-    old = log_probs(policy, minibatches, lengths, args, packed, autocast)        # (M,)
-    with common.adapter_off(reference):
-        ref = log_probs(reference, minibatches, lengths, args, packed, autocast)     # (M,)
-    owner = torch.arange(len(lengths)).repeat_interleave(lengths)                # (M,)
-    if args.kl == "reward":                                                      # (10)
-        k1 = sum_by(old - ref, owner, len(lengths)).double()                     # (N,)
-        own = scale if scale == "leave-one-out" else "none"
-        A = A - args.beta * advantages(rollout.by_prompt(k1), own).flatten()
-
-    # From completions to tokens, here only: token-level advantages would replace A[owner].
-    weight = weights(lengths, counted, minibatch, args)                          # (N,)
-    return A, minibatches, Tokens(A[owner], weight[owner], old, ref, owner, lengths)
-
-
-def reward_means(rollout):
-    """The mean of what is trained on and of each reward alone, where any completion has one."""
-    columns = {"reward": rollout.reward}
-    for name, values in rollout.rewards.items():
-        columns[f"rewards/{name}/mean"] = values
-    return {name: r.nanmean().item() for name, r in columns.items() if not r.isnan().all()}
-
-
-def unusual(rollout, rewards):
-    """Of each reward model, the fraction of scores more than 3 stored standard deviations from the
-    mean of its training completions: unlike anything that it learnt from."""
     result = {}
-    for name, reward in rewards.items():
-        if getattr(reward, "unit", False):
-            far = rollout.rewards[name].abs() > 3
-            result[f"rewards/{name}/unusual"] = far.double().mean().item()
+    for groups, places_of in minibatches:
+        parts = for_all(measure, model, groups, args, packed, autocast)
+        for group, places, part in zip(groups, places_of, parts):
+            sizes = [len(ids) for ids in group.completion_ids]
+            result |= zip(places, torch.tensor(part).split(sizes))
     return result
 
 
-def describe(rollout, rewards, args):
-    """Metrics of a step's samples: rewards, lengths, repetition, time."""
-    r = rollout.by_prompt(counted_reward(rollout, args))                         # (P, G)
-    lengths = rollout.lengths.double()                                           # (N,)
-    repeated = []
-    for p in range(len(rollout.groups)):
-        different = set(map(tuple, rollout.ids[rollout.span(p)]))
-        repeated.append(1 - len(different) / rollout.size)
-    result = reward_means(rollout) | unusual(rollout, rewards) | {
+# --- metrics --------------------------------------------------------------------------------------
+
+def statistics_of(rollouts, args):
+    """What some rollouts are like → metrics."""
+    n = lengths_of(rollouts)
+    K = len(n) // len(rollouts)                                                  # completions each
+    r = reward_column(rollouts, args).view(-1, K)                                # (P, K)
+    centred = advantages(r, "none").double()                                     # (P, K)
+    known = (~r.isnan()).sum(1)                                                  # (P,)
+    ended = [ended for one in rollouts for ended in one.group.ended]
+    variance = centred.square().sum(1) / (known - 1).clamp(min=1)                # (P,)
+    result = {
+        "reward": flat(rollouts, "reward").nanmean().item(),
+        "reward_std": variance.sqrt().mean().item(),
         "frac_reward_zero_std": zero_variance(r).double().mean().item(),
-        "completions/sampled_groups": len(rollout.groups),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/identical": statistics.mean(repeated),
-        "completions/clipped_ratio": 1 - rollout.ended.double().mean().item(),
-        "sample_tokens_per_second": lengths.sum().item() / rollout.seconds["sample"]}
-    if args.top_p == 1:                  # else samples are not the policy's: no estimate of it
-        result["entropy"] = -(rollout.logps.sum() / lengths.sum()).item()
-    if "reward" in result:
-        result["reward_std"] = centre(r)[2].mean().item()
-    for name, values in rollout.rewards.items():
-        result[f"rewards/{name}/count"] = int((~values.isnan()).sum())
-    for name, seconds in rollout.seconds.items():
-        result[f"seconds/{name}"] = seconds
+        "entropy": -flat(rollouts, "logps").sum().item() / n.sum().item(),
+        "completions/mean_length": n.double().mean().item(),
+        "completions/clipped_ratio": 1 - statistics.mean(ended)}
+    for name in rollouts[0].rewards:
+        values = flat(rollouts, name)
+        result[f"rewards/{name}/mean"] = values.nanmean().item()
+        result[f"rewards/{name}/count"] = (~values.isnan()).sum().item()
+    return {name: value for name, value in result.items() if not math.isnan(value)}
+
+
+def solved(rollouts, k):
+    """pass@1 and pass@k of k completions of each prompt, with their standard errors over prompts.
+
+    A completion passes where the first --reward is 1; where that is not always 0 or 1 (a score)
+    there is no pass@k. One without a reward is neither correct nor wrong.
+    """
+    r = flat(rollouts, next(iter(rollouts[0].rewards))).view(-1, k)              # (P, k)
+    if not ((r == 0) | (r == 1) | r.isnan()).all():
+        return {}
+    judged = (~r.isnan()).sum(1).tolist()                                        # (P,)
+    correct = (r == 1).sum(1).tolist()                                           # (P,)
+    result = {}
+    for size in sorted({1, k}):
+        passed = [pass_at_k(n, c, size) for n, c in zip(judged, correct) if n >= size]
+        if passed:
+            names = (f"pass@{size}", f"pass@{size}_se")
+            error = common.mean_and_error(passed, range(len(passed)), proportion=True)
+            result |= zip(names, error)
     return result
 
 
-def completion_rows(rollout, A, step):
-    """What completions.jsonl holds of a step: one row a prompt."""
+def show(rollout, numbers, what):
+    """A prompt with up to four completions, shortened, each with its reward or advantage."""
+    said = [f"{text[:80]!r} {x:+.2f}" for text, x in zip(rollout.group.completions, numbers)]
+    prompt = rollout.group.prompt
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    tqdm.write(f"  {prompt[-70:]!r} ▸ {what}: " + ", ".join(said[:4]))
+
+
+def write_completions(out, rollouts, A, step):
+    """completions.jsonl: prompts, completions, rewards and advantages of the last step."""
     rows = []
-    for p, group in enumerate(rollout.groups):
-        mine = rollout.span(p)
-        rewards = [None if math.isnan(r) else r for r in rollout.reward[mine].tolist()]
-        rows.append({
-            "step": step,
-            "prompt": group.prompt,
-            "completions": rollout.texts[mine],
-            "rewards": rewards,
-            "advantages": A[mine].tolist()})
-    return rows
+    for one, advantage in zip(rollouts, A):
+        rewards = [None if math.isnan(r) else r for r in one.reward]
+        row = {"step": step, "prompt": one.group.prompt, "completions": one.group.completions}
+        rows.append(json.dumps(row | {"rewards": rewards, "advantages": advantage}) + "\n")
+    common.write_file(out / "completions.jsonl", "".join(rows))
 
 
-def sample_line(prompt, texts, values):
-    """A prompt and up to four of its completions with a number each, for the terminal."""
-    shown = [f"{text[:40]!r} {value:+.2f}" for text, value in list(zip(texts, values))[:4]]
-    last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return f"  {last[-70:]!r} ▸ " + ", ".join(shown)
-
-
-# --- evaluation -----------------------------------------------------------------------------------
-
-def evaluate(model, encoder, groups, rewards, args, autocast, show=0):
-    """Samples for held-out prompts: mean reward, pass@1 … pass@k with errors over prompts.
-
-    Every evaluation draws the same random numbers, so what differs between two is the policy.
-    A sample passes where the first --reward is 1; where it is not always 0 or 1 (a reward model's
-    score) there is no pass@k. A sample without a reward is neither correct nor wrong.
-    """
-    seed = draw_seed(args.seed, "eval")
-    rollout = sample_and_reward(
-        model, encoder, groups, rewards, args, autocast, args.eval_k, seed, "evaluate")
-    if rollout.reward.isnan().all():
-        raise RewardError(f"--reward: not one of {len(rollout.ids)} completions of held-out "
-                          "prompts got a reward.")
-    result = reward_means(rollout) | {
-        "n": len(groups),
-        "mean_length": rollout.lengths.double().mean().item(),
-        "clipped_ratio": (~rollout.ended).double().mean().item()}
-
-    first = rollout.by_prompt(next(iter(rollout.rewards.values())))              # (P, k)
-    judged = (~first.isnan()).sum(1).tolist()                                    # (P,)
-    correct = (first == 1).sum(1).tolist()                                       # (P,)
-    binary = bool(((first == 0) | (first == 1) | first.isnan()).all())
-    prompts = common.number_prompts(groups).tolist()                             # (P,)
-    for k in sorted({2 ** i for i in range(args.eval_k.bit_length())} | {args.eval_k}):
-        cluster = [p for p, n in zip(prompts, judged) if n >= k]
-        estimates = [pass_at_k(n, c, k) for n, c in zip(judged, correct) if n >= k]
-        if estimates and binary:
-            values = torch.tensor(estimates, dtype=torch.float64)
-            solved = common.proportion(values, torch.tensor(cluster))
-            result[f"pass@{k}"] = solved.mean
-            result[f"pass@{k}_se"] = solved.half
-
-    for p in range(min(show, len(groups))):
-        mine = rollout.span(p)
-        tqdm.write(sample_line(groups[p].prompt, rollout.texts[mine], rollout.reward[mine]))
-    return {f"eval/{name}": value for name, value in result.items()}
-
-
-def eval_line(step, result, args):
-    """One line for the terminal."""
-    r = {name.removeprefix("eval/"): value for name, value in result.items()}
-    line = f"step {step}: eval reward {r['reward']:.3f}"
-    for k in (1, args.eval_k):
-        if f"pass@{k}" in r:
-            line += f", pass@{k} {100 * r[f'pass@{k}']:.1f} ± {100 * r[f'pass@{k}_se']:.1f} %"
-    line += f" of {r['n']} prompts, mean length {r['mean_length']:.1f}"
-    each = {name.split("/")[1]: v for name, v in r.items() if name.startswith("rewards/")}
-    if len(each) > 1:
-        line += ", " + ", ".join(f"{name} {value:.3f}" for name, value in each.items())
-    return line
-
-
-# --- the schedule ---------------------------------------------------------------------------------
 # --- shared: schedule ---
 
 def lr_at(step, steps, args):
@@ -1023,7 +519,8 @@ def lr_at(step, steps, args):
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)                              # 0 … 1
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": cosine}
     return args.learning_rate * decay[args.lr_schedule]
 
 
@@ -1032,235 +529,253 @@ def lr_at(step, steps, args):
 
 # --- main -----------------------------------------------------------------------------------------
 
-def trial(train, max_length, args):
-    """Groups for can_pack() before anything is sampled: three short ones, and one as long as a
-    group can get in training."""
-    groups = [replace(g, completion_ids=[g.prompt_ids[-9:], g.prompt_ids[-5:]]) for g in train[:3]]
-    longest = max(train, key=Group.tokens)
-    room = min(args.group_size * args.max_new_tokens, max_length - longest.tokens(), 2048)
-    ids = (longest.prompt_ids * room)[:room]
-    return groups + [replace(longest, completion_ids=[ids, ids])]
-
-
 def main(argv=None):
     args = parse_args(argv)
     # --- setup
-    # --- shared: setup ---
-    device = common.join_processes(args.device)
-    autocast = common.pick_autocast(args.dtype, device)
-    encoder = common.load_encoder(args.model, args.chat_template, args.chat)
-    max_length = common.fitting_length(args, encoder)
+    G = args.group_size
+    # --- shared: data ---
+    common.check_output_dir(args)
+    device, autocast = common.set_up_device(args)
+    encoder = common.load_encoder(args.model, args, args.chat_template)
+    train, held_out, max_length = common.load_data(
+        args, encoder, ["prompt"], reserve=args.max_new_tokens)
+    plan = common.make_plan(len(train), args)
     # --- end shared ---
-    if max_length <= args.max_new_tokens:
-        fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt within "
-             f"--max-length {max_length}.")
-    # + 1: load_data() keeps a prompt that leaves room for one token.
-    room = max_length - args.max_new_tokens + 1
-    train, held_out = common.load_data(args, encoder, ("prompt",), room)
-    # --- shared: plan ---
-    plan = Plan(len(train), args.batch_size, args.epochs, args.max_steps, args.seed)
-    # Hashes of what the run depends on beside its flags: --resume compares them.
-    depends = {"data_sha256": common.data_fingerprint(train + held_out)}
-    # --- end shared ---
+    rewards = load_rewards(args, device)
+    model = common.load_model(args.model, args, encoder, device)
 
-    rewards = load_rewards(args.reward + args.watch, args, device)
-    model = common.load_model(args.model, encoder, device)
-    packed = common.can_pack(model, trial(train, max_length, args))
-    reference = None
-    if args.ref_model:
-        other = common.load_encoder(args.ref_model, flag="--ref-model")
-        common.check_same_tokeniser(encoder, other, f"--ref-model {args.ref_model}")
-    if args.beta and args.lora_rank and not args.ref_model:
-        reference = model                                    # with its adapter off
-    elif args.beta:
-        path = args.ref_model or args.model
-        reference = common.load_model(path, encoder, device, "--ref-model").requires_grad_(False)
-    depends["model_sha256"] = common.model_fingerprint(model)
-    depends["reward_sha256"] = rewards_fingerprint(args)
-    if args.ref_model:
-        depends["reference_sha256"] = common.model_fingerprint(reference)
+    # Is packing sound for this model? Tried with repeated prompts as the longest completions.
+    trial = []
+    for g in train[:3] + [max(train, key=Group.tokens)]:
+        ids = (g.prompt_ids * args.max_new_tokens)[:args.max_new_tokens]
+        trial.append(replace(g, completion_ids=[ids, ids[-9:]]))
+    packed = common.can_pack(model, trial)
 
-    # --- shared: open the run ---
-    out, start = common.first(common.open_run, args, len(plan), depends)
-    adapter = common.add_lora(model, args)
-    common.wrap_layers(model, args)
-    needed = common.memory_needed(model, [train[i] for i in plan[0]], packed, args)
-    common.shard(model, args)
+    # --- shared: model and optimizer ---
+    mark = common.fingerprint(train + held_out, model)
+    state = common.read_checkpoint(args, mark)
+    start = state["step"] if state else 0
+    extra = state["extra"] if state else {}
+    adapter = common.prepare_model(model, args)
     optimizer = torch.optim.AdamW(
-        common.trained(model).values(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
-        weight_decay=args.weight_decay, fused=device.type != "mps")
-    extra = common.load_checkpoint(out, model, optimizer) if start else {}
-    evaluated = common.first(common.open_logs, out, start, args, depends)
-    common.describe_run(model, train, held_out, plan, args, packed, needed)
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+        weight_decay=args.weight_decay, fused=True)
+    common.describe(model, train, held_out, plan, args)
     # --- end shared ---
-    if reference is not None and reference is not model:
-        common.shard(reference, args)
-        size = sum(p.numel() for p in reference.parameters()) * 4 / common.world()
-        print(f"  and {size / 2 ** 30:.2f} GiB for the reference")
-    trained = ", ".join(list(rewards)[:len(args.reward)])
-    watched = ", ".join(list(rewards)[len(args.reward):]) or "none"
-    print(f"  {args.group_size} completions of each prompt; rewards: {trained}; watched: {watched}")
-    if args.top_p < 1:
-        print("note: with --top-p below 1 samples are not the policy's own; the ratio stays that "
-              "of the full softmax")
+    if state:
+        common.restore(state, model, optimizer)
+    reference = None                 # it stays beside the policy; with LoRA the policy is both
+    if args.beta and (args.ref_model or not adapter):
+        reference = common.load_reference(args, encoder, device)
+    held_out = held_out[:args.eval_samples]
+    done = start                     # updates so far
+    seconds = Counter()              # what a step took
+    print(f"  rewards: {', '.join(rewards)}; trained on: the first {len(args.reward)}")
 
-    @contextmanager
-    def saving(step):
-        """Where a reward fails, the state after `step` updates is not lost."""
-        try:
-            yield
-        except RewardError as error:
-            if not step:
-                fail(error)
-            common.save_checkpoint(out, model, optimizer, step, extra)
-            fail(f"{error} The state after step {step} is saved: --resume goes on from there.")
+    def abort(message):
+        """Ends the run in one sentence, and loses no step."""
+        if done > start:
+            common.save_checkpoint(out, model, optimizer, done, extra)
+            message = f"{message} The state after step {done} is saved: --resume goes on from it."
+        fail(message)
 
-    def look(step, show=0):
-        """Evaluates after `step` updates, for metrics.jsonl and the terminal."""
-        asked = held_out[:args.eval_samples]
-        if not asked:
-            return
-        with saving(step):
-            result = evaluate(model, encoder, asked, rewards, args, autocast, show)
-        log(out, step, result)
-        tqdm.write(eval_line(step, result, args))
+    def roll_out(prompts, n, *purpose):
+        """n completions of each prompt, with their rewards. Seeded by the purpose (and step):
+        nothing random is carried on, so resuming is exact."""
+        began = time.perf_counter()
+        text = " ".join(map(str, (args.seed, *purpose)))
+        seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+        with autocast:
+            samples = common.sample(
+                model, [g.prompt_ids for g in prompts], n, args.max_new_tokens, encoder.stops,
+                args.temperature, seed, adapter, what="")
+        rollouts = []
+        for i, g in enumerate(prompts):
+            own = samples[i * n:(i + 1) * n]
+            group = replace(
+                g, completions=[encoder.decode(s.ids, g.prompt) for s in own],
+                completion_ids=[s.ids for s in own], ended=[s.ended for s in own])
+            rollouts.append(Rollout(group, [sum(s.logps) for s in own]))
+        sampled = time.perf_counter()
 
-    def sample_more(groups, seed):
-        return sample_and_reward(
-            model, encoder, groups, rewards, args, autocast, args.group_size, seed)
+        groups = [one.group for one in rollouts]
+        for name, reward in rewards.items():
+            try:
+                numbers = reward_of(reward, groups, args, autocast)
+            except RewardError as error:
+                abort(error)
+            for i, one in enumerate(rollouts):
+                one.rewards[name] = numbers[i * n:(i + 1) * n]
+        for one in rollouts:
+            trained_on = list(one.rewards.values())[:len(args.reward)]
+            one.reward = [combine(several, args) for several in zip(*trained_on)]
+        seconds.update(sample=sampled - began, reward=time.perf_counter() - sampled)
+        return rollouts
 
-    def update(step, groups, tokens):
-        """One optimizer step on a minibatch → (norm of its gradient, Counter of metric sums).
-
-        Called once, below; a function so that its shared block is indented as in the others.
-        """
-        sums = Counter()
-
-        # The gradient of the minibatch, summed over micro-batches (memory, not statistics).
-        optimizer.zero_grad(set_to_none=True)
-        for micro, weight in common.my_micro_batches(groups, args.micro_batch_tokens, packed):
-            with autocast:
-                batch = common.lay_out(model, micro, packed)
-                logp = token_logps(model, batch, args.temperature)              # (T,)
-            loss, part_sums = micro_loss(tokens.of(micro, logp), args)
-            (loss * weight).backward()
-            sums.update(part_sums if weight else {})
-
-        sums = common.total(sums)
-        sums["computed"] = sum(g.tokens() for g in groups)
-
-        # --- shared: update ---
-        # A gradient that is not finite would ruin the weights: the state before it is kept instead.
-        bound = args.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
-        grad_norm = common.whole(grad_norm)
-        if not torch.isfinite(grad_norm):
-            common.save_checkpoint(out, model, optimizer, step, extra)
-            fail(f"step {step + 1}: the gradient is not finite (rows: {groups[0].where} …). The "
-                 "state before it is saved: --resume with a lower --lr goes on from there.")
-        for g in optimizer.param_groups:
-            g["lr"] = lr_at(step, len(plan), args)
-        optimizer.step()
-        # --- end shared ---
-        return grad_norm.item(), sums
+    def evaluate_now(step):
+        """Evaluates after `step` updates → metrics; each time with the same random numbers: what
+        differs between two evaluations is the policy."""
+        rollouts = roll_out(held_out, args.eval_k, "eval")
+        result = statistics_of(rollouts, args) | solved(rollouts, args.eval_k)
+        if "reward" not in result:
+            abort("--reward: not one of the held-out completions got a reward.")
+        result["n"] = len(rollouts)
+        for one in rollouts[:3]:
+            show(one, one.reward, "reward")
+        line = f"step {step}: eval reward {result['reward']:.3f}"
+        for name in ("pass@1", f"pass@{args.eval_k}"):
+            if name in result:
+                line += f", {name} {result[name]:.3f} ± {result[name + '_se']:.3f}"
+        tokens = result["completions/mean_length"]
+        tqdm.write(f"{line}, {tokens:.1f} tokens, of {len(rollouts)} prompts")
+        return {f"eval/{name}": value for name, value in result.items()}
 
     # --- shared: before the loop ---
     def due(step):
         """Whether to evaluate after `step` updates."""
         return step in (0, len(plan)) or args.eval_every and step % args.eval_every == 0
 
-    if held_out and due(start) and not evaluated:
-        look(start, show=3)
+    # What can fail has been tried once this is over; only now an earlier run gives way.
+    results = [evaluate_now(start)] if held_out and due(start) else []
+    out, log = common.open_run(args, mark, state)
+    for result in results:
+        log(start, result)
     stopped = common.catch_signals()
     saved_at = time.monotonic()
-    steps = range(start, len(plan))
-    quiet = True if common.rank() else None
-    bar = tqdm(steps, args.loss, len(plan), initial=start, unit="step", disable=quiet)
+    bar = common.progress_bar(range(start, len(plan)), args.loss)
     # --- end shared ---
-    alarmed = set()                  # reward models that were said to be out of their depth
-    idle = 0                         # steps in which no reward could teach anything
-    recent = []                      # rows of completions.jsonl: the last eight steps
-    if start and (out / "completions.jsonl").is_file():
-        with common.failing(f"--resume: {out / 'completions.jsonl'} cannot be read"):
-            rows = common.read_lines(out / "completions.jsonl")
-            recent = [row for row in rows if row["step"] <= start]
+    learnt = False                   # whether any step had an advantage
 
     # --- loop
     for step in bar:
-        # Sample and reward. Every draw is seeded by step and prompt: a resumed run repeats it.
-        with saving(step):
-            seed = draw_seed(args.seed, "train", step, 0)
-            every = sample_more([train[i] for i in plan[step]], seed)
-            rollout = every
-            if args.dynamic_sampling:
-                rollout, every = fill(every, sample_more, train, plan[step], args, step)
-        metrics = describe(every, rewards, args)
-        for name in set(rewards) - alarmed:
-            if metrics.get(f"rewards/{name}/unusual", 0) > 0.05:
-                alarmed.add(name)
-                tqdm.write(f"step {step + 1}: more than 5 % of the scores of {name} lie 3 standard "
-                           "deviations from those of its training: do not trust it here")
+        # Sample and reward.
+        began = time.perf_counter()
+        seconds.clear()
+        rollouts = roll_out([train[i] for i in plan[step]], G, "train", step, 0)
+        sampled = rollouts
+        if args.dynamic_sampling:
+            rollouts, sampled = fill(rollouts, roll_out, train, plan[step], step, args)
+        metrics = statistics_of(sampled, args)
 
-        # Learn from it: --updates-per-batch passes over --minibatches disjoint parts.
-        if rollout.groups:
-            began = time.perf_counter()
-            A, minibatches, tokens = prepare(rollout, model, reference, args, packed, autocast)
-            if not A.any():
-                idle += 1
-                if idle == 1:
-                    tqdm.write(f"step {step + 1}: no group has two different rewards, so there is "
-                               "nothing to learn from it (said once)")
-            norms = []
-            sums = Counter()
-            for _ in range(args.updates_per_batch):
-                for groups in minibatches:
-                    norm, part_sums = update(step, groups, tokens)
-                    norms.append(norm)
-                    sums.update(part_sums)
-            metrics |= means(sums, norms, time.perf_counter() - began)
+        # Advantage. All columns here are (N,).
+        n = lengths_of(rollouts)
+        r = reward_column(rollouts, args)
+        if args.overlong_penalty:
+            r = r + overlong_penalty(n, args.max_new_tokens, args.overlong_penalty)
+        A = advantages(r.view(-1, G), args.advantage).flatten()
+
+        # Minibatches, each with denominators of its own. What has no reward is in none; without a
+        # KL, advantage 0 is in them but needs no computation.
+        weight = torch.zeros(len(n))
+        minibatch = torch.arange(len(n)) // G % args.minibatches
+        minibatches = []
+        for number in minibatch.unique():
+            counted = ~r.isnan() & (minibatch == number)
+            if counted.any():
+                weight[counted] = VARIANTS[args.loss].weight(
+                    n[counted].float(), args.max_new_tokens)
+            needed = counted & ((A != 0) | (args.beta > 0))
+            minibatches.append(as_groups(rollouts, needed.nonzero()[:, 0].tolist(), packed, args))
+
+        # Log-probs before the first update. A single update needs no old ones: they are its own.
+        old = ref = None
+        if len(minibatches) * args.updates_per_batch > 1 or args.kl == "reward":
+            old = log_probs(model, minibatches, packed, args, autocast)
+        if reference:
+            ref = log_probs(reference, minibatches, packed, args, autocast)
+        elif args.beta:
+            with adapter.disable_adapter():
+                ref = log_probs(model, minibatches, packed, args, autocast)
+        if args.kl == "reward":                                                  # (10)
+            k1 = torch.full((len(n),), math.nan, dtype=torch.float64)
+            for i in old:
+                k1[i] = (old[i] - ref[i]).sum()
+            scale = args.advantage if args.loss == "rloo" else "none"
+            A = A - args.beta * advantages(k1.view(-1, G), scale).flatten()
+        learnt |= bool(A.any())
+
+        # Update: --updates-per-batch passes over the minibatches.
+        updating = time.perf_counter()
+        sums = Counter()
+        norms = []
+        for groups, places_of in minibatches * args.updates_per_batch:
+            places = {id(g): some for g, some in zip(groups, places_of)}
+            optimizer.zero_grad(set_to_none=True)
+            for micro, share in common.my_micro_batches(groups, args.micro_batch_tokens, packed):
+                with autocast:
+                    batch = common.lay_out(model, micro, packed)
+                    logp = token_logps(model, batch, args.temperature)           # (T,)
+                mine = [i for g in micro for i in places[id(g)]]                 # (K,) of the N
+                owner = batch.owner                                              # (T,) of the K
+                old_logp = torch.cat([old[i] for i in mine]).to(device) if old else logp.detach()
+                losses, clipped = surrogate(
+                    logp, old_logp, A[mine].to(device)[owner], owner, n[mine].to(device), args)
+                kl = torch.zeros(())
+                if args.beta:
+                    ref_logp = torch.cat([ref[i] for i in mine]).to(device)      # (T,)
+                    kl = kl_term("k3", old_logp, old_logp, ref_logp).sum()       # to be logged
+                if args.beta and args.kl != "reward":
+                    losses = losses + args.beta * kl_term(args.kl, logp, old_logp, ref_logp)
+                loss = (losses * weight[mine].to(device)[owner]).sum()
+                (loss * share).backward()
+                if share:                        # 0: another process computes it too
+                    sums.update(loss=loss.item(), clipped=clipped.sum().item(), kl=kl.item())
+                    sums["tokens"] += len(logp)
+
+            norms.append(common.clip_gradient(model, args.max_grad_norm))
+            if not math.isfinite(norms[-1]):     # half a step is not saved: its start is gone
+                stop_here = abort if len(norms) == 1 else fail
+                stop_here(f"step {step + 1}: the gradient is not finite; try a lower --lr.")
+            for g in optimizer.param_groups:
+                g["lr"] = lr_at(step, len(plan), args)
+            optimizer.step()
+        done = step + 1
+
+        # Write down what happened.
+        seconds["update"] = time.perf_counter() - updating
+        metrics |= {f"seconds/{name}": value for name, value in seconds.items()}
+        metrics["tokens_per_second"] = int(n.sum()) / (time.perf_counter() - began)
+        if norms:
+            sums = common.sum_over_processes(sums)
+            metrics["loss"] = sums["loss"] / len(norms)
+            metrics["grad_norm"] = statistics.mean(norms)
             metrics["learning_rate"] = lr_at(step, len(plan), args)
-
-            recent = [row for row in recent if row["step"] > step - 7]
-            recent += completion_rows(rollout, A, step + 1)
-            common.write_lines(out / "completions.jsonl", recent)
-        else:
-            idle += 1
-            tqdm.write(f"step {step + 1}: {len(every.groups)} groups, all zero-variance; no update")
-        shown = {
-            "reward": "reward", "kl": "kl", "len": "completions/mean_length",
-            "truncated": "completions/clipped_ratio", "same": "completions/identical",
-            "zero-variance": "frac_reward_zero_std"}
-
-        # --- shared: log ---
-        log(out, step + 1, metrics)
-        shown = {name: f"{metrics[key]:.4g}" for name, key in shown.items() if key in metrics}
-        bar.set_postfix(shown, refresh=False)
-        # --- end shared ---
+            metrics["clip_ratio"] = sums["clipped"] / max(1, sums["tokens"])
+            if args.beta:
+                metrics["kl"] = sums["kl"] / max(1, sums["tokens"])
+        log(done, metrics)
+        if common.rank() == 0:
+            write_completions(out, rollouts, A.view(-1, G).tolist(), done)
+        shown = [name for name in ("reward", "kl", "frac_reward_zero_std") if name in metrics]
+        text = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
+        common.show_step(bar, done, len(plan), text)
 
         # --- shared: save and evaluate ---
-        last = step + 1 == len(plan)
-        asked = args.save_every and (step + 1) % args.save_every == 0
+        last = done == len(plan)
+        asked = args.save_every and done % args.save_every == 0
         # A signal and the ten minutes reach one process before another: all act on the same step.
-        signs = common.gather((time.monotonic() - saved_at > SAVE_SECONDS, bool(stopped)))
-        late, stop = (any(column) for column in zip(*signs))
+        late = time.monotonic() - saved_at > SAVE_SECONDS
+        late, stop = map(any, zip(*common.gather((late, bool(stopped)))))
         if last or stop or asked or late:
-            common.save_checkpoint(out, model, optimizer, step + 1, extra)
+            common.save_checkpoint(out, model, optimizer, done, extra)
             saved_at = time.monotonic()
-        if held_out and due(step + 1):
-            look(step + 1, show=3 * last)
+        if held_out and due(done):
+            results.append(evaluate_now(done))
+            log(done, results[-1])
         if stop and not last:
-            bar.close()
-            print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
+            print(f"stopped after step {done} of {len(plan)}; --resume goes on from there")
             raise SystemExit(130)
         # --- end shared ---
 
     # --- save
-    if idle and idle == len(plan) - start:
+    if start < len(plan):
+        for one, row in zip(rollouts[:3], A.view(-1, G).tolist()):
+            show(one, row, "advantage in the last step")
+    if start < len(plan) and not learnt:
         print("note: in no step a group had two different rewards: nothing was learnt from them")
-    for row in recent[-3:]:
-        print(sample_line(row["prompt"], row["completions"], row["advantages"]))
+    if results and results[-1]["eval/reward"] < results[0]["eval/reward"]:
+        print("note: the held-out reward is lower than at the start: try a lower --lr")
     common.save_model(out, model, encoder.tokenizer, adapter)
-    print(f"saved in {out}: model, args.json, metrics.jsonl, completions.jsonl, checkpoint/")
 
 
 if __name__ == "__main__":
