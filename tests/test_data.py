@@ -1,8 +1,8 @@
-"""Sections ① read, ② tokenise and ⑧ run of common.py: no row is changed or lost in silence, the boundary never moves,
-and no run is lost.
+"""Sections ① read and ② tokenise of common.py: no row is changed or lost in silence, and the
+boundary between prompt and completion never moves. Most of what is refused is in test_run.py.
 
-Expected values come from hand, from json / csv / pyarrow, or from a plain `tokenizers` object; never from common.py.
-a1 … a24 are the traps that a test keeps out: the moving boundary, the second BOS, the end that is never learnt, ….
+Expected values come from hand, from json, csv and pyarrow, or from a plain `tokenizers` object.
+a1 … a24 are the traps that a test keeps out: the moving boundary, the second BOS, ….
 """
 import argparse
 import csv
@@ -11,27 +11,29 @@ import gzip
 import io
 import json
 import os
-import re
-import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pyarrow.parquet
+import pytest
+from tokenizers import (
+    Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+import train_dpo
+from common import FORMATS, Encoder, Group, Row
 
-import pyarrow.parquet  # noqa: E402
-import pytest  # noqa: E402
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+FLAGS = vars(train_dpo.parse_args([]))
 
-import common  # noqa: E402
-import train_dpo  # noqa: E402
-from common import (  # noqa: E402
-    FORMATS, MARK, Account, Encoder, Group, failing, read_groups, split_by_prompt, split_transcripts, tokenise, within)
 
-PAIRS = [name for name, row in FORMATS.items() if row.gives == "pair"]
+def options(**flags):
+    return argparse.Namespace(**(FLAGS | flags))
 
 
 def real(name):
@@ -41,148 +43,122 @@ def real(name):
 
 @pytest.fixture
 def refuses(capsys):
-    """with refuses("line 2", "'chosen'"): … must end with exit code 2 and one sentence that holds these words."""
+    """with refuses("line 2"): … has to end with exit code 2 and a line with these words."""
     @contextmanager
     def refuses(*words):
         capsys.readouterr()
         with pytest.raises(SystemExit) as error:
             yield
-        out, err = capsys.readouterr()
-        assert error.value.code == 2 and out == "" and re.fullmatch(r"error: [^\n]+\.\n", err), err
-        assert all(w in err for w in words), err
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert error.value.code == 2 and said.startswith("error: "), said
+        assert all(word in said for word in words), said
     return refuses
 
 
 @pytest.fixture
-def data(tmp_path):
-    """data(rows) → a file of the type that the name says, written by other means than those of common.py."""
+def data(tmp_path, monkeypatch):
+    """data(rows) → a file of the type that the name says, written without common.py."""
     def data(rows, name="d.jsonl"):
         ending = name.removesuffix(".gz").split(".")[1]
         if ending == "parquet":
-            buffer = io.BytesIO()
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-            raw = buffer.getvalue()
-        elif ending == "csv":
+            monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+            return str(tmp_path / name)
+        if ending == "csv":
             text = io.StringIO(newline="")
-            csv.writer(text).writerows([list(rows[0]), *(r.values() for r in rows)])
+            csv.writer(text).writerows([list(rows[0]), *(row.values() for row in rows)])
             raw = text.getvalue().encode()
         elif ending == "json":
             raw = json.dumps(rows, indent=1).encode()
         else:
-            raw = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+            raw = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
         return str(tmp_path / name)
     return data
 
 
-def read(path, usable=tuple(FORMATS), **options):
-    groups, account = read_groups(str(path), usable, **options)
-    return [(g.prompt, g.completions) for g in groups], account
+def read(path, *usable, split="train", **flags):
+    return common.read_groups(str(path), split, usable or tuple(FORMATS), options(**flags))
 
 
-# --- errors and flags -------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("interval, kind, good, bad", [
-    ("[0, 1)", float, {"0": 0, "0.5": 0.5, "1e-9": 1e-9, "-0.0": 0}, ["1", "-1e-9", "nan", "inf", "-inf", "x", ""]),
-    ("(0, inf)", float, {"1e-300": 1e-300, "1e308": 1e308}, ["0", "inf", "1e999", "nan", "-1"]),
-    ("[1, inf)", int, {"1": 1, "9" * 400: int("9" * 400)}, ["0", "1e3", "2.0", "inf", "nan", "", "9" * 5000]),
-    ("[0, 2e18]", int, {"2000000000000000000": 2 * 10 ** 18}, ["2000000000000000001", "-1"]),
-])
-def test_flags_are_numbers_within_an_interval(interval, kind, good, bad):
-    parse = within(interval, kind)
-    for text, value in good.items():
-        assert parse(text) == value and type(parse(text)) is kind
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(interval)):
-            parse(text)
+def texts(path, *usable, **flags):
+    return [(g.prompt, g.completions) for g in read(path, *usable, **flags)[0]]
 
 
-def test_the_innermost_sentence_is_the_one_that_is_said(refuses, capsys):
-    with refuses("inner (KeyError: 'x')"):
-        with failing("outer"):
-            with failing("inner"):
-                raise KeyError("x")
-    with refuses("outer (ValueError)"):
-        with failing("outer"):
-            raise ValueError
-    with pytest.raises(KeyboardInterrupt):                   # the user's own end is no failure
-        with failing("outer"):
-            raise KeyboardInterrupt
-
-
-# --- ① files ----------------------------------------------------------------------------------------------------------
+# --- ① files --------------------------------------------------------------------------------------
 
 NASTY = 'commas, "quotes",\nnew\r\nlines, ' + "\u2028 \x85 ünï 🙂 and ['brackets']"
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
-def test_every_file_type_gives_the_same_rows(data, ending, suffix):
-    rows = [{"prompt": NASTY, "chosen": "yes", "rejected": NASTY}]
-    rows += [{"prompt": "q" * 200_000, "chosen": " 1", "rejected": "2"}]
-    groups, account = read(data(rows, f"d.{ending}{suffix}"))
-    assert groups == [(NASTY, ["yes", NASTY]), ("q" * 200_000, [" 1", "2"])]
-    assert account.rows == 2 and account.format == "pair" and not account.dropped
+@pytest.mark.parametrize("name", [
+    "d.json", "d.jsonl", "d.csv", "d.json.gz", "d.jsonl.gz", "d.csv.gz", "d.parquet"])
+def test_every_file_type_gives_the_same_rows(data, name):
+    rows = [{"prompt": NASTY, "chosen": "007", "rejected": NASTY}]
+    rows += [{"prompt": "q" * 100_000, "chosen": " NA", "rejected": "2"}]
+    groups, format, dropped = read(data(rows, name))
+    assert [(g.prompt, g.completions) for g in groups] == [
+        (NASTY, ["007", NASTY]), ("q" * 100_000, [" NA", "2"])]
+    assert format == "pair" and not dropped
 
 
 def test_byte_order_mark_blank_lines_and_limit(tmp_path):
     rows = [b'{"prompt": "q%d"}' % i for i in range(5)]
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(rows))
-    assert read(tmp_path / "d.jsonl", limit=3)[0] == [("q0", []), ("q1", []), ("q2", [])]
+    assert texts(tmp_path / "d.jsonl", limit=3) == [("q0", []), ("q1", []), ("q2", [])]
     (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbfprompt\nq0\n\nq1\n")
-    assert read(tmp_path / "d.csv")[0] == [("q0", []), ("q1", [])]
+    assert texts(tmp_path / "d.csv") == [("q0", []), ("q1", [])]
 
 
-BODY = gzip.compress(b'{"prompt": "a"}\n' * 50)
-BROKEN = {                                                   # name: (bytes, words of the sentence)
-    "a.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', ["line 2", "broken JSON"]),
-    "b.json": (b'[{"prompt": "a"},\n{"prompt"}]', ["line 2", "broken JSON"]),
-    "c.jsonl": (b'{"prompt": "a"}\n["b"]\n', ["line 2", "list"]),
-    "d.json": (b'[{"prompt": "a"}, "b"]', ["row 2", "str"]),
-    "e.csv": (b'prompt,chosen,rejected\na,b,c\na,b\n', ["line 3", "3 fields"]),
-    "f.csv": (b'prompt,chosen,rejected\na,b,c\na,b,c,d\n', ["line 3", "3 fields"]),
-    "u.csv": (b'prompt,"chosen\na,b\n', ["line 1", "broken CSV"]),
-    "g.csv": (b'prompt\na\n"never closed\nx\nx\n', ["line 3", "broken CSV"]),
-    "h.jsonl.gz": (b'{"prompt": "a"}\n', ["cannot be read"]),
-    "i.jsonl.gz": (BODY[:-20], ["cannot be read"]),
-    "j.jsonl.gz": (BODY[:12] + b"\xff\xff" + BODY[14:], ["cannot be read"]),
-    "k.parquet": (b"PAR1 this is none", ["cannot be read"]),
-    "l.jsonl": (b'{"prompt": "\xff"}', ["line 1", "UTF-8"]),
-    "m.txt": (b"a", [".jsonl"]),
-    "n.jsonl": (b"\n", ["no rows"]),
-    "o.json": (b"[]", ["no rows"]),
-    "p.csv": (b"prompt\n", ["no rows"]),
-    "q.jsonl": (b'{"text": "a"}', ["text", "fit no format", "prompt", "--columns"]),
-    "r.json": (b"[" * 100_000, ["r.json: broken JSON"]),
-    "s.json": (b'[\n' + b"1" * 5000 + b"]", ["s.json: broken JSON"]),
-    "t.jsonl": (b'{"prompt": "a"}\n{"prompt": ' + b"1" * 5000 + b"}", ["line 2", "broken JSON"]),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_end_in_one_sentence(tmp_path, refuses, name):
-    content, words = BROKEN[name]
+@pytest.mark.parametrize("name, content, words", [           # further ones: REFUSED of test_run.py
+    ("a.json", b'[{"prompt": "a"}, "b"]', "a.json"),
+    ("a.csv", b"prompt,chosen,rejected\na,b,c\na,b\n", "line 3: column 'rejected'"),
+    ("a.parquet", b"PAR1 this is none", "a.parquet"),
+    ("a.jsonl", b'{"text": "a", "label": 1}', "prompt/question/instruction"),
+])
+def test_broken_files_end_in_one_sentence(tmp_path, refuses, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with refuses(name, *words):
+    with refuses(name, words):
         read(tmp_path / name)
 
 
-def test_missing_files_and_the_hub(tmp_path, refuses, monkeypatch):
-    def load_dataset(name, split):
+def test_a_row_of_csv_with_a_field_too_many_is_refused(tmp_path, refuses):
+    (tmp_path / "f.csv").write_text("prompt,chosen,rejected\na,b,c\na,b,c,d\n")
+    with refuses("f.csv", "line 3"):
+        load(letters(), dataset=str(tmp_path / "f.csv"))
+
+
+def test_what_is_no_file_is_asked_for_on_the_hub_unless_it_can_only_be_a_path(
+        tmp_path, refuses, monkeypatch):
+    def load_dataset(name, config, split):
         if name == "org/none":
             raise ConnectionError("offline\nand a long story")
-        return [{"prompt": f"{name} {split}"}]
+        return [{"prompt": f"{name} {config} {split}"}]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read("org/name", split="test")[0] == [("org/name test", [])]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
+        load_dataset=load_dataset, load_from_disk=None))
+    assert texts("org/name", split="test", dataset_config="main") == [("org/name main test", [])]
     with refuses("org/none", "train", "ConnectionError: offline"):
         read("org/none")
-    with refuses("none.jsonl", "no such file"):
-        read(tmp_path / "none.jsonl")
+    common.check_path("org/name")
+    (tmp_path / "runs").mkdir()
+    for name in ("./x", "../x", "/x/y.jsonl", "~/x", "a/b/c", "runs/dpo", f"{tmp_path}/x.jsonl"):
+        with refuses(name, "no such file"):
+            read(name)
+    with refuses("x.jsonl", "No such file"):
+        read("x.jsonl")
 
 
-# --- ① formats --------------------------------------------------------------------------------------------------------
+def test_a_folder_of_save_to_disk_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": "q"}])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "splits")
+    assert texts(tmp_path / "one") == texts(tmp_path / "splits", split="test") == [("q", [])]
+
+
+# --- ① formats ------------------------------------------------------------------------------------
 
 def ask(text):
     return {"role": "user", "content": text}
@@ -195,201 +171,167 @@ def say(text):
 U, B = ask("u"), say("b")
 H, A = "\n\nHuman:", "\n\nAssistant:"
 PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}
+ULTRA = [{"response": "a", "overall_score": 2.5}, {"response": "b", "overall_score": 4.0}]
 
-EXAMPLES = [                                                 # (format, row, its prompt, its completions)
-    ("pair", PAIR, "p", ["a", "b"]),
-    ("pair", {"prompt": [U], "chosen": [say("a")], "rejected": [B]}, [U], ["a", "b"]),
-    ("pair", {"prompt": [U], "chosen": "a", "rejected": "b"}, [U], ["a", "b"]),
-    ("pair", {"prompt": "u", "chosen": [say("a")], "rejected": [B]}, [U], ["a", "b"]),
-    ("pair", {"prompt": "u", "chosen": [U, say("a")], "rejected": [U, B]}, [U], ["a", "b"]),  # as in UltraFeedback
-    ("pair, prompt inside", {"chosen": [U, B, U, say("a")], "rejected": [U, B, U, B]}, [U, B, U], ["a", "b"]),
-    ("pair, prompt inside", {"chosen": f"{H} p{A} a", "rejected": f"{H} p{A} b"}, f"{H} p{A}", [" a", " b"]),
-    ("PKU-SafeRLHF", PKU, "p", ["b", "a"]),
-    ("ranked list", {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3.5, 2]}, "p", ["a", "b", "c"]),
-    ("ranked list", {"question": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}, "p", ["a", "b", "c"]),
-    ("unpaired", {"prompt": "p", "completion": "a", "label": True}, "p", ["a"]),
-    ("response", {"prompt": "p", "response": "a"}, "p", ["a"]),
-    ("prompt", {"question": "p"}, "p", []),
+EXAMPLES = [                     # (format, row, its prompt, its completions, scores)
+    ("pair", PAIR, "p", "ab", [1, 0]),
+    ("pair", {"prompt": [U], "chosen": [say("a")], "rejected": [B]}, [U], "ab", [1, 0]),
+    ("pair", {"prompt": [U], "chosen": "a", "rejected": "b"}, [U], "ab", [1, 0]),
+    ("pair", {"prompt": "u", "chosen": [say("a")], "rejected": [B]}, [U], "ab", [1, 0]),
+    ("pair", {"prompt": "u", "chosen": [U, say("a")], "rejected": [U, B]}, [U], "ab", [1, 0]),
+    ("pair", {"chosen": [U, B, U, say("a")], "rejected": [U, B, U, B]}, [U, B, U], "ab", [1, 0]),
+    ("pair", {"chosen": f"{H} p{A}a", "rejected": f"{H} p{A}b"}, f"{H} p{A}", "ab", [1, 0]),
+    ("PKU-SafeRLHF", PKU, "p", "ba", [1, 0]),
+    ("ranked list", {"prompt": "p", "completions": ["a", "b"], "scores": [1, 3.5]}, "p", "ab",
+     [1, 3.5]),
+    ("ranked list", {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}, "p", "abc",
+     [-3, -1, -2]),
+    ("UltraFeedback", {"prompt": "p", "completions": ULTRA}, "p", "ab", [2.5, 4]),
+    ("labelled messages", {"messages": [U, B], "label": False}, [U], "b", [0]),
+    ("unpaired", {"prompt": "p", "completion": "a", "label": True}, "p", "a", [1]),
+    ("messages", {"messages": [U, B, U, say("a")]}, [U, B, U], "a", []),
+    ("response", {"prompt": "p", "response": "a"}, "p", "a", []),
+    ("response", {"prompt": "p", "answer": "a"}, "p", "a", []),
+    ("prompt", {"prompt": "p"}, "p", "", []),
 ]
 
-MISSING = []                                                 # (format, row, a column without which it is an error)
-for example in EXAMPLES:
-    row = example[1]
-    for column in row:
-        if column != "prompt" or row.get("chosen", [0])[0] != U:      # whole dialogues need no prompt
-            MISSING.append((example[0], row, column))
+
+@pytest.mark.parametrize("name, row, prompt, completions, scores", EXAMPLES)
+def test_every_format_is_recognised_whatever_its_prompt_is_called(
+        data, name, row, prompt, completions, scores):
+    files = [data([row], "d.parquet")]
+    for column in ("prompt", "question", "instruction"):
+        renamed = {column if old == "prompt" else old: value for old, value in row.items()}
+        files.append(data([renamed], f"{column}.jsonl"))
+    for file in files:
+        [group], format, _ = read(file)
+        assert (format, group.prompt, group.completions) == (name, prompt, list(completions))
+        assert group.scores == scores
 
 
-@pytest.mark.parametrize("name, row, prompt, completions", EXAMPLES)
-def test_every_format_is_recognised(data, name, row, prompt, completions):
-    for file in ("d.jsonl", "d.parquet"):
-        groups, account = read(data([row], file))
-        assert account.format == name and groups == [(prompt, completions)]
-
-
-@pytest.mark.parametrize("name, row, column", MISSING)
-def test_a16_a_column_that_a_later_row_lacks(data, refuses, name, row, column):
-    with refuses("d.jsonl, line 2", f"'{column}'", "missing"):
-        read(data([row, {k: v for k, v in row.items() if k != column}]), [name])
-
-
-NO_TEXT = [
-    None, 5, ["a"], {"x": 1}, float("nan"), [], [ask(None)], [ask(["a"])], [ask([None])], [ask([{"type": "image"}])],
-    [{"role": 1, "content": "a"}], [{"role": None, "content": "a"}]]
-
-
-@pytest.mark.parametrize("bad", NO_TEXT)
-@pytest.mark.parametrize("column", ["prompt", "chosen"])
-def test_a16_what_is_no_text_is_refused(data, refuses, column, bad):
-    with refuses("d.jsonl, line 2", f"'{column}'"):
-        read(data([PAIR, PAIR | {column: bad}]))
-
-
-def test_a16_nulls_of_parquet_and_parts_of_messages(data, refuses):
+def test_a16_nulls_of_parquet_parts_of_messages_and_pictures(data, refuses):
     with refuses("d.parquet, row 2", "'chosen'"):
         read(data([PAIR, PAIR | {"chosen": None}], "d.parquet"))
     parts = ask([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}])
-    assert read(data([{"prompt": [parts]}]))[0] == [([ask("one two")], [])]
+    assert texts(data([{"prompt": [parts], "image": None}])) == [([ask("one two")], [])]
+    with refuses("line 1", "only text"):
+        read(data([{"prompt": [ask([{"type": "text", "text": "a"}, {"type": "image"}])]}]))
+    for column in ("image", "images", "video", "audio"):
+        with refuses("line 1", f"'{column}'"):
+            read(data([PAIR | {column: ["x.png"]}]))
+
+
+def test_calls_of_tools_in_the_history(data):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    decoded = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    result = {"role": "tool", "content": "2"}
+    for call in ({"role": "assistant", "content": None, "tool_calls": calls},
+                 {"role": "assistant", "tool_calls": calls}):
+        want = [U, {"role": "assistant", "content": "", "tool_calls": decoded}, result]
+        assert texts(data([{"messages": [U, call, result, B]}])) == [(want, ["b"])]
+
+
+def test_further_keys_of_messages_reach_the_template(data):
+    named = {**ask("u"), "name": "Ann", "tool_calls": None}  # Parquet adds None for what lacks
+    [group], _, _ = read(data([{"prompt": [named], "chosen": [B], "rejected": [say("n")]}]))
+    assert group.prompt == [{"role": "user", "content": "u", "name": "Ann"}]
+    tokenizer = letters(template="{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}")
+    assert tokenizer.decode(encode(tokenizer, group.prompt).prompt_ids) == "<s>Annu"
 
 
 def test_columns_are_renamed_all_at_once(data, refuses):
-    file = data([{"question": "p", "best": "a", "worst": "b", "id": 1}])
-    [group], _ = read_groups(file, PAIRS, columns=["prompt=question", "chosen=best", "rejected=worst"])
+    file = data([{"x": "p", "best": "a", "worst": "b", "id": 1}])
+    renames = ["prompt=x", "chosen=best", "rejected=worst"]
+    [group], _, _ = read(file, "pair", columns=renames)
     assert (group.prompt, group.completions) == ("p", ["a", "b"]) and group.row == PAIR | {"id": 1}
     for wrong in ("prompt=nosuch", "prompt", "prompt="):
-        with refuses(f"--columns {wrong}", "d.jsonl", "question"):
+        with refuses("d.jsonl, line 1", f"'{wrong.partition('=')[2]}'"):
             read(file, columns=[wrong])
-    assert read(data([PAIR]), columns=["chosen=rejected", "rejected=chosen"])[0] == [("p", ["b", "a"])]
-    rows = [{"prompt": "p", "best": "a", "rejected": "b"}, {"prompt": "p", "rejected": "b"}]
-    with refuses("d.jsonl, line 2", "'best'"):
-        read(data(rows), columns=["chosen=best"])
-
-
-def test_a_format_that_the_script_cannot_use_is_named(data, refuses):
-    with refuses("d.jsonl", "'unpaired'", "chosen"):
-        read(data([{"prompt": "p", "completion": "a", "label": 1}]), PAIRS)
+    swap = ["chosen=rejected", "rejected=chosen"]
+    assert texts(data([PAIR]), columns=swap) == [("p", ["b", "a"])]
+    shp = {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}  # 1: A is better
+    renames = ["prompt=history", "response_1=human_ref_A", "response_0=human_ref_B",
+               "better_response_id=labels"]
+    assert texts(data([shp, shp | {"labels": 0}]), columns=renames) == [
+        ("p", ["a", "b"]), ("p", ["b", "a"])]
 
 
 @pytest.mark.parametrize("prefer, chosen", [("better", "b"), ("safer", "a")])
 def test_a19_pku_labels(data, refuses, prefer, chosen):
     row = PKU | {"safer_response_id": 0}
     for name in ("d.jsonl", "d.csv"):                        # in CSV the ids are text
-        groups, _ = read(data([row], name), prefer=prefer)
-        assert groups[0][1][0] == chosen
-    for bad in (2, -1, None, "x", True, float("nan")):
-        with refuses("d.jsonl, line 2", f"'{prefer}_response_id'"):
-            read(data([row, row | {f"{prefer}_response_id": bad}]), prefer=prefer)
-    other = {"better": "safer", "safer": "better"}[prefer]
-    with refuses("line 1", f"'{other}_response_id'", "missing"):
-        read(data([{k: v for k, v in row.items() if k != f"{other}_response_id"}]), prefer=other)
+        assert texts(data([row], name), prefer=prefer)[0][1][0] == chosen
+    with refuses("d.jsonl, line 2"):
+        read(data([row, row | {f"{prefer}_response_id": -1}]), prefer=prefer)
 
 
-def test_a19_real_pku_rows():
-    file = real("pku-saferlhf/train-128.jsonl")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    want = []
-    for r in rows:
-        best = r["better_response_id"]
-        pair = [r[f"response_{best}"], r[f"response_{1 - best}"]]
-        if all(pair) and pair[0] != pair[1]:
-            want.append((r["prompt"], pair))
-    assert read(file)[0] == want and len(rows) == 128
+def test_numbers_that_are_not_finite_are_refused(data, refuses):
+    for bad in (float("nan"), float("inf")):
+        with refuses("d.jsonl, line 1", "'margin'"):
+            read(data([PAIR | {"margin": bad}]))
+    with refuses("d.jsonl, line 1", "'scores'"):
+        read(data([{"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}]))
 
 
-def test_ranked_lists_carry_scores_of_which_higher_is_better(data, refuses):
-    for values, want in [({"scores": [1, 3.5, "2"]}, [1, 3.5, 2]), ({"ranks": [3, 1, 2]}, [-3, -1, -2])]:
-        [group], _ = read_groups(data([{"prompt": "p", "completions": ["a", "b", "c"]} | values]), ["ranked list"])
-        assert group.scores == want
-    good = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2]}
-    bad_values = [("responses", ["a"]), ("responses", "ab"), ("responses", ["a", 5])]
-    bad_values += [("scores", [1, None]), ("scores", [1, float("inf")]), ("scores", 1)]
-    for column, bad in bad_values:
-        with refuses("d.jsonl, line 2", f"'{column}'"):
-            read(data([good, good | {column: bad}]))
+def test_a_probability_below_half_swaps_the_pair(data):
+    rows = [PAIR | {"p_chosen": p, "margin": "1.5"} for p in (0.9, 0.2)]
+    a, b = read(data(rows))[0]
+    assert (a.completions, a.p_chosen, a.margin) == (["a", "b"], 0.9, 1.5)
+    assert (b.completions, b.p_chosen, b.scores) == (["b", "a"], 0.8, [1, 0])
 
 
-LABELS = [(label, 1) for label in (True, 1, "true", "True", "1")]
-LABELS += [(label, 0) for label in (False, 0, "FALSE", "0")]
-LABELS += [(label, None) for label in (None, 2, "good", "")]
+def test_labels_of_unpaired_rows(data):
+    row = {"prompt": "p", "completion": "a"}
+    for want, labels in [([1], (True, 1, "true", "True", "1")), ([0], (False, 0, "FALSE", "0"))]:
+        groups, _, _ = read(data([row | {"label": label} for label in labels]))
+        assert [g.scores for g in groups] == [want] * len(labels)
 
 
-@pytest.mark.parametrize("label, want", LABELS)
-def test_labels_of_unpaired_rows(data, refuses, label, want):
-    file = data([{"prompt": "p", "completion": "a", "label": 1}, {"prompt": "p", "completion": "a", "label": label}])
-    if want is None:
-        with refuses("d.jsonl, line 2", "'label'"):
-            read(file)
-    else:
-        assert read_groups(file, ["unpaired"])[0][1].scores == [want]
-
-
-def test_further_columns_are_kept(data):
-    row = PAIR | {"score_chosen": 8.5, "score_rejected": 3, "p_chosen": 0.9}
-    assert read_groups(data([row]), PAIRS)[0][0].row == row
-    gsm = {"question": "1+1?", "answer": "#### 2", "level": 3}        # what was said, or what is correct
-    [said], _ = read_groups(data([gsm]), ["response"])
-    [asked], _ = read_groups(data([gsm]), ["prompt"])
-    assert (said.prompt, said.completions, said.row) == ("1+1?", ["#### 2"], {"question": "1+1?", "level": 3})
-    assert (asked.prompt, asked.completions, asked.row) == ("1+1?", [], gsm)
+def test_further_columns_are_kept_and_an_answer_is_one_where_it_was_said(data):
+    gsm = {"question": "1+1?", "answer": "#### 2", "level": 3}
+    [said], _, _ = read(data([gsm]), "response")
+    [asked], _, _ = read(data([gsm]), "prompt")
+    assert (said.completions, said.row, asked.completions, asked.row) == (["#### 2"], gsm, [], gsm)
 
 
 def test_a15_empty_and_identical_completions_are_dropped_and_counted(data):
-    completions = [("", "x"), ("x", " \n"), ("x", "x"), (" x", "x "), ("x", "y")]
-    groups, account = read(data([{"prompt": "p", "chosen": a, "rejected": b} for a, b in completions]))
-    assert groups == [("p", ["x", "y"])] and account.rows == 5
-    assert account.dropped == {"with an empty completion": 2, "with identical completions": 2}
+    pairs = [("", "x"), ("x", " \n"), ("x", "x"), (" x", "x "), ("x", "y")]
+    groups, _, dropped = read(data([{"prompt": "p", "chosen": a, "rejected": b} for a, b in pairs]))
+    assert [g.completions for g in groups] == [["x", "y"]]
+    assert dropped == {"with an empty completion": 2, "with identical completions": 2}
 
 
 @pytest.mark.parametrize("chosen, rejected, want", [
     (f"{H} a{A} b{H} c{A} d", f"{H} a{A} b{H} c{A} e", (f"{H} a{A} b{H} c{A}", " d", " e")),
-    (f"{H} a{A} b{H} c{A} d", f"{H} a{A} x{H} c{A} d", None),                        # they part in an earlier turn
-    (f"{H} a{A} b", f"{H} x{A} b", None),                                            # … in the question
-    (f"{H} a{A} b", f"{H} a{A} b{H} c{A} d", None),                                  # one goes on
-    (f"{H} a{A} b", f"{H} a{A} b.  Human: c{A} d", None),                            # … as some rows of HH-RLHF do
-    (f"{H} a{A} say {A} x", f"{H} a{A} no", (f"{H} a{A}", f" say {A} x", " no")),    # a completion quotes the marker
-    (f"{H} a{A} no", f"{H} a{A} {A}", (f"{H} a{A}", " no", f" {A}")),
-    (f"{H} a{A} d", f"{H} a{A} d and more", (f"{H} a{A}", " d", " d and more")),     # one begins like the other
-    (f"{H} a{A}", f"{H} a{A} d", (f"{H} a{A}", "", " d")),
+    (f"{H} a{A} b{H} c{A} d", f"{H} a{A} x{H} c{A} d", None),        # they part in an earlier turn
+    (f"{H} a{A} b", f"{H} x{A} b", None),                            # … in the question
+    (f"{H} a{A} b", f"{H} a{A} b{H} c{A} d", None),                  # one goes on
+    (f"{H} a{A} d", f"{H} a{A} d and more", (f"{H} a{A}", " d", " d and more")),
     ("no marker", "no mark", None),
-    ("", "", None),
+    ([U, B, U, B], [U, say("else"), U, say("x")], None),
 ])
-def test_a12_transcripts_are_split_at_the_last_shared_assistant(chosen, rejected, want):
-    assert split_transcripts(chosen, rejected) == want
-
-
-def test_a12_what_cannot_be_split_is_dropped_and_counted(data, refuses):
-    rows = [
-        {"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} c"},
-        {"chosen": f"{H} a{A} b", "rejected": f"{H} x{A} b"},
-        {"chosen": f"{H} a{A} b", "rejected": f"{H} a{A} b"},
-        {"chosen": f"{H} a{A}", "rejected": f"{H} a{A} d"},
-        {"chosen": [U, B, U, B], "rejected": [U, say("else"), U, say("x")]},
-        {"chosen": [B], "rejected": [say("x")]}]
-    groups, account = read(data(rows))
-    assert groups == [(f"{H} a{A}", [" b", " c"])]
-    assert account.dropped == {
-        "that differ before the last turn": 3, "with identical completions": 1, "with an empty completion": 1}
-    for bad in ({"rejected": [U, B]}, {"chosen": [U, U], "rejected": [U, B]}):
-        with refuses("d.jsonl, line 2"):
-            read(data(rows[:1] + [rows[0] | bad]))
+def test_a12_transcripts_are_split_at_the_last_shared_assistant(data, chosen, rejected, want):
+    groups, _, dropped = read(data([{"chosen": chosen, "rejected": rejected}]))
+    assert [(g.prompt, *g.completions) for g in groups] == ([want] if want else [])
+    assert dropped == ({} if want else {"that differ before the last turn": 1})
 
 
 def test_a12_real_hh_rlhf():
-    groups, account = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS)
-    # Four completions are empty (lines 87, 517, 926, 1104), four hold a further exchange (1255, 1689, 1951, 2037).
-    assert account.rows == 2312
-    assert account.dropped == {"with an empty completion": 4, "that differ before the last turn": 4}
+    groups, _, dropped = read(real("hh-rlhf/harmless-base-test.jsonl.gz"))
+    # Four completions are empty (lines 87, 517, 926, 1104), four hold a further turn; that of line
+    # 1953 only quotes "Assistant:".
+    assert dropped == {"with an empty completion": 4, "that differ before the last turn": 4}
     kept = {int(g.where.rpartition(" ")[2]) for g in groups}
     assert set(range(1, 2313)) - kept == {87, 517, 926, 1104, 1255, 1689, 1951, 2037}
     for g in groups:
-        assert g.prompt.endswith(A) and [g.prompt + c for c in g.completions] == [g.row["chosen"], g.row["rejected"]]
-        assert not any(H in c for c in g.completions)
+        assert g.prompt.endswith(A) and not any(H in text for text in g.completions)
+        assert [g.prompt + text for text in g.completions] == [g.row["chosen"], g.row["rejected"]]
 
 
-# --- ② tokenisers, made by hand ---------------------------------------------------------------------------------------
+# --- ② tokenisers, made by hand -------------------------------------------------------------------
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-WORDS = ["yes", "hello", "world", "is", "I", "do"]           # one token each, also with a space before
+WORDS = ["yes", "hello", "world", "is", "I", "do"]           # one token each, also behind a space
 ASCII = [chr(c) for c in range(33, 127)]
 
 
@@ -401,57 +343,55 @@ def wrap(model, pre_tokenizer, decoder, normalizer=None, bos=True, template=None
     if normalizer:
         backend.normalizer = normalizer
     if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)])
     backend.add_special_tokens(SPECIAL)
-    defaults = {"bos_token": "<s>" if bos else None, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **(defaults | names))
+    names = {"bos_token": "<s>" if bos else None, "eos_token": "</s>", "pad_token": "<pad>",
+             "unk_token": "<unk>", **names}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
 
 
 def numbered(*tokens):
-    return {t: i for i, t in enumerate(dict.fromkeys(SPECIAL + list(tokens)))}
+    return {token: i for i, token in enumerate(dict.fromkeys(SPECIAL + list(tokens)))}
 
 
-def bpe(alphabet, space, **options):
+def bpe(alphabet, space, **more):
     """Merges from left to right: y es → ye s → yes, then ▁ yes → ▁yes."""
     merges = []
     for word in WORDS:
         merges += [(word[:i], word[i]) for i in range(1, len(word))]
     merges += [(space, word) for word in WORDS]
-    return models.BPE(numbered(*alphabet, *(a + b for a, b in merges)), merges, **options)
+    return models.BPE(numbered(*alphabet, *(a + b for a, b in merges)), merges, **more)
 
 
-def byte_level(**options):
+def byte_level(**more):
     model = bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ")
-    return wrap(model, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), **options)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return wrap(model, split, decoders.ByteLevel(), **more)
 
 
-def sentencepiece(**options):
+def sentencepiece(**more):
     """As Llama 2: a "▁" before every text, bytes for what is unknown."""
     alphabet = [f"<0x{i:02X}>" for i in range(256)] + ["▁"] + ASCII
     model = bpe(alphabet, "▁", unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    strip = decoders.Strip(" ", 1, 0)
-    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return wrap(model, None, decoder, normalizer, **options)
+    return wrap(model, None, decoder, normalizer, **more)
 
 
-def metaspace(**options):
-    """The same "▁", put there by the pre-tokeniser."""
-    model = bpe(["▁", "\n"] + ASCII, "▁", unk_token="<unk>")
-    how = {"prepend_scheme": "first"}
-    return wrap(model, pre_tokenizers.Metaspace(**how), decoders.Metaspace(**how), **options)
-
-
-def wordpiece(**options):
-    model = models.WordPiece(numbered(" ", "\n", *ASCII, *("##" + c for c in ASCII), *WORDS), unk_token="<unk>")
+def wordpiece(**more):
+    vocabulary = numbered(" ", "\n", *ASCII, *("##" + c for c in ASCII), *WORDS)
+    split = pre_tokenizers.Split(Regex(r"\s|\w+|[^\w\s]"), "isolated")
     decoder = decoders.Sequence([decoders.Replace("##", ""), decoders.Fuse()])
-    return wrap(model, pre_tokenizers.Split(Regex(r"\s|\w+|[^\w\s]"), "isolated"), decoder, **options)
+    return wrap(models.WordPiece(vocabulary, unk_token="<unk>"), split, decoder, **more)
 
 
-def letters(**options):
+def letters(**more):
     """One token a character."""
     model = models.WordLevel(numbered(" ", "\n", *ASCII), unk_token="<unk>")
-    return wrap(model, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse(), **options)
+    return wrap(model, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse(), **more)
 
 
 @functools.cache
@@ -459,28 +399,37 @@ def pretrained(name):
     return AutoTokenizer.from_pretrained(real(name))
 
 
-TOKENISERS = {f.__name__: f for f in (byte_level, sentencepiece, metaspace, wordpiece, letters)}
-TOKENISERS |= {f"{f.__name__}, no BOS": functools.partial(f, bos=False) for f in (byte_level, sentencepiece)}
-TOKENISERS |= {name: functools.partial(pretrained, name) for name in ("qwen2.5-tokenizer", "stories260k")}
+TOKENISERS = {f.__name__: f for f in (byte_level, sentencepiece, letters)}
+TOKENISERS["sentencepiece, no BOS"] = functools.partial(sentencepiece, bos=False)
+for name in ("qwen2.5-tokenizer", "stories260k"):
+    TOKENISERS[name] = functools.partial(pretrained, name)
 
 # Chat templates. CHAT writes <s> itself, and ends turns in EOS and a newline.
 CHAT = (
-    "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>\n' }}{% endfor %}"
+    "{{ '<s>' }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '</s>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-END = CHAT.replace("</s>", "<|end|>").replace("{{ '<s>' }}", "")              # another end of turn, no BOS
-DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|system|>Be kind.<|end|>\n' }}{% endif %}" + END
+END = CHAT.replace("</s>", "<|end|>").replace("{{ '<s>' }}", "")     # another end, as ChatML
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|system|>Be kind.<|end|>\n' }}{% endif %}" + END)
 TRIM = CHAT.replace("m.content", "m.content | trim")
-SPACE = CHAT.replace("m.content", "' ' + m.content").replace("'<|assistant|>'", "'<|assistant|> '")    # " yes" merges
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system please') }}{% endif %}" + CHAT
-FICKLE = "{{ messages | length }}" + CHAT
+SPACE = CHAT.replace("m.content", "' ' + m.content").replace("'<|assistant|>'", "'<|assistant|> '")
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system please') }}{% endif %}"
+    + CHAT)
 
 
-def encode(tokenizer, prompt, *completions, **options):
-    return Encoder(tokenizer, **options)(Group("d.jsonl, line 7", prompt, list(completions)))
+def encoder_of(tokenizer, last=False, generation=None, template=None, **flags):
+    return Encoder(tokenizer, options(**flags), None, generation, template, last)
+
+
+def encode(tokenizer, prompt, *completions, row=(), **more):
+    group = Group(prompt, list(completions), Row(row), where="d.jsonl, line 7")
+    return encoder_of(tokenizer, **more)(group)
 
 
 def plain_ids(tokenizer, text):
-    """Without common.py: what the tokenizers library makes of a text, special tokens recognised."""
+    """What the tokenizers library makes of a text, special tokens recognised."""
     tokenizer.backend_tokenizer.encode_special_tokens = False
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -489,7 +438,12 @@ def tokens(tokenizer, ids):
     return " ".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-# --- ② traps ----------------------------------------------------------------------------------------------------------
+def said(tokenizer, group):
+    """What a model reads: the prompt, and each completion."""
+    return [tokenizer.decode(ids) for ids in (group.prompt_ids, *group.completion_ids)]
+
+
+# --- ② traps --------------------------------------------------------------------------------------
 
 SEAMS = {
     "the answer is ": ["yes", "no"],
@@ -503,37 +457,31 @@ SEAMS = {
 @pytest.mark.parametrize("name", TOKENISERS)
 def test_a1_a3_a24_boundary_never_moves(name):
     tokenizer = TOKENISERS[name]()
-    encoder = Encoder(tokenizer)
+    encoder = encoder_of(tokenizer)
     eos = tokenizer.eos_token_id
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token else []
     for prompt, completions in SEAMS.items():
-        group = encoder(Group("", prompt, completions))
+        group = encoder(Group(prompt, completions))
         alone = plain_ids(tokenizer, prompt)
         assert group.prompt_ids == bos + alone and group.ended == [True] * len(completions)
         for completion, ids in zip(completions, group.completion_ids):
             joint = plain_ids(tokenizer, prompt + completion)
             assert ids[-1] == eos and eos not in ids[:-1]
-            assert tokenizer.decode(group.prompt_ids + ids, skip_special_tokens=True) == prompt + completion
-            if joint[:len(alone)] == alone:
-                assert ids[:-1] == joint[len(alone):]
-            else:
-                assert ids[:-1] != joint[len(alone):]
-            assert encoder.decode(ids) == completion         # of plain text, whether there is a template or not
+            whole = tokenizer.decode(group.prompt_ids + ids, skip_special_tokens=True)
+            assert whole == prompt + completion
+            assert (ids[:-1] == joint[len(alone):]) == (joint[:len(alone)] == alone)
+            assert encoder.decode(ids) == completion
 
 
 @pytest.mark.parametrize("make, prompt, completion, want_prompt, want_completion", [
     (byte_level, "it is ", "yes", "<s> i t Ġis Ġ", "yes </s>"),
     (byte_level, "it is", " yes", "<s> i t Ġis", "Ġyes </s>"),
-    (byte_level, "hel", "lo world", "<s> hel", "l o Ġworld </s>"),
     (sentencepiece, "it is ", "yes", "<s> ▁ i t ▁is ▁", "yes </s>"),
     (sentencepiece, "a:", "I do", "<s> ▁ a :", "I ▁do </s>"),
     (sentencepiece, "a:", " I do", "<s> ▁ a :", "▁I ▁do </s>"),
-    (sentencepiece, "hel", "lo world", "<s> ▁ hel", "l o ▁world </s>"),
     (sentencepiece, "a", "\nI", "<s> ▁ a", "<0x0A> I </s>"),
-    (metaspace, "hel", "lo world", "<s> ▁ hel", "l o ▁world </s>"),
-    (metaspace, "a:", "I do", "<s> ▁ a :", "I ▁do </s>"),
     (wordpiece, "hel", "lo", "<s> h ##e ##l", "l ##o </s>"),
-    (letters, "ab", "yes", "<s> a b", "y e s </s>"),
+    (letters, "<s>a", "yes", "<s> < s > a", "y e s </s>"),
 ])
 def test_a1_a24_token_by_token(make, prompt, completion, want_prompt, want_completion):
     tokenizer = make()
@@ -542,43 +490,48 @@ def test_a1_a24_token_by_token(make, prompt, completion, want_prompt, want_compl
     assert tokens(tokenizer, group.completion_ids[0]) == want_completion
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece, metaspace])
 @pytest.mark.parametrize("template", [CHAT, END, DEFAULT_SYSTEM, TRIM, SPACE, NO_SYSTEM])
-@pytest.mark.parametrize("bos", [True, False])
-def test_a2_a6_a7_a8_a_chat_is_rendered_once_begins_once_and_ends_once(make, template, bos):
-    tokenizer = make(bos=bos, template=template)
-    messages = [U, B, ask("hello")]
-    completions = ["yes", "I do\nso"]
-    group = encode(tokenizer, messages, *completions)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    start = [1] if bos and "<s>" not in template else []
-    assert text.rstrip(" ").endswith("<|assistant|>")                                            # a8
-    assert group.prompt_ids == start + plain_ids(tokenizer, text)
-    assert group.prompt_ids.count(1) == (bos or "<s>" in template)                               # a2, a3
-    end = SPECIAL.index("<|end|>" if "<|end|>" in template else "</s>")
-    for completion, ids in zip(completions, group.completion_ids):
-        full = tokenizer.apply_chat_template(messages + [say(completion)], tokenize=False).removesuffix("\n")
-        assert ids.count(end) == 1 and ids[-1] == end and 1 not in ids                           # a6
-        whole = tokenizer.decode(start + plain_ids(tokenizer, full))
-        assert tokenizer.decode(group.prompt_ids + ids) == whole                                 # a7
-        assert whole.count("Be kind.") == ("Be kind." in template)
-    assert Encoder(tokenizer).prompt(messages)[0] == group.prompt_ids                            # what is sampled from
+@pytest.mark.parametrize("make, last", [
+    (byte_level, False), (byte_level, True), (letters, False)])
+def test_a2_a3_a6_a7_a8_a_chat_is_rendered_once_begins_once_and_ends_once(make, template, last):
+    for bos in (True, False):
+        tokenizer = make(bos=bos, template=template)
+        messages = [U, B, ask("hello")]
+        completions = ["yes", "I do\nso"]
+        group = encode(tokenizer, messages, *completions, last=last)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        start = [1] if bos and "<s>" not in template else []
+        assert text.rstrip(" ").endswith("<|assistant|>")                                    # a8
+        assert group.prompt_ids == start + plain_ids(tokenizer, text)
+        assert group.prompt_ids.count(1) == (bos or "<s>" in template)                   # a2, a3
+        end = SPECIAL.index("<|end|>" if "<|end|>" in template else "</s>")
+        for completion, ids in zip(completions, group.completion_ids):
+            full = tokenizer.apply_chat_template(messages + [say(completion)], tokenize=False)
+            full = full if last else full.removesuffix("\n")
+            assert ids.count(end) == 1 and 1 not in ids and (last or ids[-1] == end)         # a6
+            whole = tokenizer.decode(start + plain_ids(tokenizer, full))
+            assert tokenizer.decode(group.prompt_ids + ids) == whole                         # a7
 
 
-@pytest.mark.parametrize("bos", [True, False])
-def test_a3_bos_where_the_template_writes_none(bos):
-    tokenizer = letters(bos=bos, template=END)
-    first = "<s> " if bos else ""
-    assert tokens(tokenizer, encode(tokenizer, [U], "y").prompt_ids) == first + "<|user|> u <|end|> \n <|assistant|>"
-    assert tokens(tokenizer, encode(tokenizer, "ab", "y").prompt_ids) == first + "a b"
-    assert tokens(tokenizer, encode(tokenizer, "<s>a", "y").prompt_ids) == first + "< s > a"
+def test_c5_a_policy_ends_with_its_turn_a_reward_model_reads_to_the_last_token():
+    tokenizer = letters(template=END)
+    ends = {}
+    for last in (False, True):
+        chat, plain = [encode(tokenizer, prompt, "y", last=last) for prompt in ([U], "u")]
+        ends[last] = [tokens(tokenizer, g.completion_ids[0]) for g in (chat, plain)]
+    assert ends == {False: ["y <|end|>", "y </s>"], True: ["y <|end|> \n", "y </s>"]}
 
 
-def test_a4_pad_is_eos():
+def test_a4_a17_a21_pad_is_eos_and_only_the_last_turn_is_the_completion(data):
+    turns = [U, B, U]
+    file = data([{"chosen": turns + [say("y")], "rejected": turns + [say("yes")]}])
     tokenizer = letters(template=CHAT, pad_token="</s>")
-    group = encode(tokenizer, [U, B, U], "y", "yes")
-    turns = "<|user|> u </s> \n <|assistant|> b </s> \n <|user|> u </s> \n <|assistant|>"
-    assert tokens(tokenizer, group.prompt_ids) == "<s> " + turns
+    vocabulary = tokenizer.get_vocab()
+    group = encoder_of(tokenizer)(read(file)[0][0])
+    assert tokenizer.get_vocab() == vocabulary and tokenizer.pad_token == "</s>"
+    assert type(group.prompt_ids) is list and type(group.prompt_ids[0]) is int       # a10
+    history = "<|user|> u </s> \n <|assistant|> b </s> \n <|user|> u </s> \n <|assistant|>"
+    assert tokens(tokenizer, group.prompt_ids) == "<s> " + history
     assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y </s>", "y e s </s>"]
     assert group.tokens() == 14 + 2 + 4
 
@@ -589,125 +542,162 @@ def test_a4_pad_is_eos():
 ])
 def test_a5_all_that_ends_a_completion(template, eos_of_generation, stops, end):
     tokenizer = letters(template=template)
-    encoder = Encoder(tokenizer, generation_config=SimpleNamespace(eos_token_id=eos_of_generation))
+    encoder = encoder_of(tokenizer, generation=SimpleNamespace(eos_token_id=eos_of_generation))
     assert encoder.stops == stops
-    group = encoder(Group("", [U] if template else "u", ["y"]))
+    group = encoder(Group([U] if template else "u", ["y"]))
     assert group.completion_ids == [plain_ids(tokenizer, "y") + [end]]
     for stop in stops:
         assert encoder.decode(plain_ids(tokenizer, "yes") + [stop]) == "yes"
         assert encoder.decode([stop]) == ""                  # a15: EOS alone is a completion
-    assert encoder.decode(plain_ids(tokenizer, " yes")) == " yes"             # truncated: nothing to take off
+    assert encoder.decode(plain_ids(tokenizer, " yes")) == " yes"        # truncated
 
 
-def test_a5_a_model_without_any_end_is_refused(refuses):
-    assert Encoder(letters(eos_token=None, template=END)).stops == [7]
+THINKING = (                                                 # the last answer keeps its thoughts
+    "{% set n = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set n.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{{ '<|' + m.role + '|>' + (m.content if loop.index0 == n.last or m.role == 'user' "
+    "else m.content.split('</think>')[-1]) + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+def test_a9_a_template_that_rewrites_the_prompt_is_refused(refuses):
+    tokenizer = letters(template=THINKING)
+    with refuses("d.jsonl, line 7", "thinking"):
+        encode(tokenizer, [U, say("<think>hm</think>b"), U], "yes")
+    assert said(tokenizer, encode(tokenizer, [U, B, U], "yes"))[1] == "yes<|end|>"
+
+
+def test_a5_a11_templates_missing_given_and_refusing(refuses, tmp_path):
     with refuses("EOS"):
-        Encoder(letters(eos_token=None))
-
-
-def test_a9_a_template_that_rewrites(refuses):
-    tokenizer = letters(template=TRIM)
-    account = Account("d.jsonl", "pair", 1)
-    [group] = tokenise([Group("d.jsonl, line 7", [U], ["\n  yes ", "no"])], account, Encoder(tokenizer), 99)
-    assert tokens(tokenizer, group.completion_ids[0]) == "y e s </s>" and "rewrites some completions" in str(account)
-    with refuses("d.jsonl, line 7", "character 0", "'1<s>", "'2<s>"):
-        encode(letters(template=FICKLE), [U], "yes")
-
-
-def test_a10_prompts_are_lists_of_ids():
-    ids, text = Encoder(letters(template=CHAT)).prompt([ask("x" * 15)])
-    assert text == "<s><|user|>" + "x" * 15 + "</s>\n<|assistant|>"
-    assert type(ids) is list and len(ids) == 20 and all(type(i) is int for i in ids)
-
-
-def test_a11_templates_missing_given_and_refusing(refuses, tmp_path):
-    with refuses("d.jsonl, line 7", "no chat template", "--chat-template"):
+        encoder_of(letters(eos_token=None))
+    with refuses("d.jsonl, line 7", "--chat-template"):
         encode(letters(), [U], "yes")
     with refuses("d.jsonl, line 7", "no system please"):
         encode(letters(template=NO_SYSTEM), [{"role": "system", "content": "s"}, U], "yes")
-    with refuses("--chat-template", "none.jinja"):
-        Encoder(letters(), template_file=tmp_path / "none.jinja")
     (tmp_path / "t.jinja").write_text(END)
     tokenizer = letters()
-    group = encode(tokenizer, [U], "y", template_file=tmp_path / "t.jinja")
+    group = encode(tokenizer, [U], "y", template=tmp_path / "t.jinja")
     assert tokens(tokenizer, group.completion_ids[0]) == "y <|end|>"
-    tokenizer.save_pretrained(tmp_path / "saved")            # the template goes with the checkpoint
+    tokenizer.save_pretrained(tmp_path / "saved")            # it goes with the checkpoint
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == END
 
 
-@pytest.mark.parametrize("options, want", [
-    ({"chat": True}, "<s> <|user|> u <|end|> \n <|assistant|> y <|end|>"), ({}, "<s> u y </s>")])
-def test_a11_the_chat_flag_makes_plain_prompts_user_turns(options, want):
-    tokenizer = letters(template=END)
-    group = encode(tokenizer, "u", "y", **options)
-    assert tokens(tokenizer, group.prompt_ids + group.completion_ids[0]) == want
+def test_the_chat_flag_makes_plain_prompts_user_turns_and_transcripts_their_turns():
+    tokenizer = byte_level(template=END, bos=False)
+    long = f"{H} u{A} b{H} is it{A}"
+    user = "<|user|>{}<|end|>\n"
+    for prompt, completion, turns, want in [
+        ("u", "yes", user.format("u"), "yes"),
+        ("u", " yes", user.format("u"), " yes"),
+        (long, " yes", user.format("u") + "<|assistant|>b<|end|>\n" + user.format("is it"), "yes"),
+        (f"x{H} u{A}", " yes", user.format(f"x{H} u{A}"), " yes")]:
+        group = encode(tokenizer, prompt, completion, chat=True)
+        assert said(tokenizer, group) == [turns + "<|assistant|>", want + "<|end|>"]
+        plain = encode(tokenizer, prompt, completion)
+        assert said(tokenizer, plain) == [prompt, completion + "</s>"]
 
 
-@pytest.mark.parametrize("overlong, prompt, completions, ended, why", [       # lengths, ends included; --max-length 10
-    ("drop", 4, (3, 3), [True, True], None),
+def test_the_space_behind_the_marker_goes_in_a_transcript_of_one_turn_as_well():
+    tokenizer = byte_level(template=END, bos=False)
+    group = encode(tokenizer, f"{H} u{A}", " yes", chat=True)
+    assert said(tokenizer, group) == ["<|user|>u<|end|>\n<|assistant|>", "yes<|end|>"]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("template", [END, TRIM, SPACE])
+def test_a_prompt_that_ends_in_an_answer_is_continued(make, template):
+    tokenizer = make(template=template)
+    group = encode(tokenizer, [ask("q"), say("Sure, the answer is")], " yes", " no")
+    assert said(tokenizer, group)[0].endswith("Sure, the answer is")
+    whole = tokenizer.apply_chat_template(
+        [ask("q"), say("Sure, the answer is yes")], tokenize=False).removesuffix("\n")
+    start = [] if "<s>" in template else [1]
+    assert group.prompt_ids + group.completion_ids[0] == start + plain_ids(tokenizer, whole)
+    assert said(tokenizer, group)[2].strip() == ("no<|end|>" if template == END else "no</s>")
+
+
+def test_arguments_of_the_template_reach_it():
+    tokenizer = letters(template="{{ mood }}" + END)
+    group = encode(tokenizer, [U], "y", chat_template_kwargs={"mood": "kind"})
+    assert said(tokenizer, group)[0] == "<s>kind<|user|>u<|end|>\n<|assistant|>"
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_columns_system_and_tools_are_read_where_there_is_a_chat(tools, data, capsys):
+    template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + END
+    tokenizer = letters(bos=False, template=template)
+    for prompt, chat in (("u", True), ([U], False), ("u", False)):
+        file = data([PAIR | {"prompt": prompt, "system": "s", "tools": tools, "more": 1}])
+        encoder = encoder_of(tokenizer, chat=chat)
+        [group] = common.load_groups(file, "train", options(), encoder, ["pair"], 99)
+        used, _, rest = capsys.readouterr().out.partition("NOT READ: ")
+        rest = rest.partition(")")[0].split(", ")
+        if encoder.is_chat(prompt):
+            turns = "f<|system|>s<|end|>\n<|user|>u<|end|>\n<|assistant|>"
+            assert said(tokenizer, group)[0] == turns and rest == ["more"]
+            assert "system" in used and "tools" in used
+        else:
+            assert rest == ["system", "tools", "more"]
+
+
+@pytest.mark.parametrize("overlong, prompt, completions, ended, why", [       # --max-length 10
+    ("drop", 4, (3, 3), [True, True], None),                 # lengths, ends included
     ("drop", 4, (6, 3), [True, True], None),
     ("drop", 4, (20, 3), None, "over --max-length 10"),
     ("truncate", 4, (20, 3), [False, True], None),           # rejected keeps its 3 tokens
-    ("truncate", 1, (20, 20), [False, False], None),         # the completions differ at token 8
-    ("truncate", 4, (20, 20), None, "with completions of identical tokens"),
-    ("drop", 10, (3, 3), None, "with no room for a completion"),              # a14: prompts are never truncated
-    ("truncate", 12, (3, 3), None, "with no room for a completion"),
+    ("truncate", 1, (20, 20), [False, False], None),         # they differ at token 8
+    ("drop", 10, (3, 3), None, "over --max-length 10"),      # a14: prompts are never truncated
+    ("truncate", 12, (3, 3), None, "over --max-length 10"),
     ("drop", 0, (3, 3), None, "with an empty prompt"),
     ("drop", 9, (), [], None),                               # a prompt to sample from
-    ("drop", 10, (), None, "with no room for a completion"),
+    ("drop", 10, (), None, "over --max-length 10"),
 ])
-def test_a13_a14_truncation(overlong, prompt, completions, ended, why):
-    encoder = Encoder(letters(bos=False))
-    account = Account("d.jsonl", "pair", 2)
-    texts = []
+def test_a13_a14_truncation(overlong, prompt, completions, ended, why, capsys):
+    made = []
     for letter, n in zip("bc", completions):
         text = letter * 2 if n == 3 else "a" * 7 + letter + "e" * 20
-        texts.append(text[:n - 1])
-    groups = [Group("", "p" * prompt, texts, scores=[1, 0]), Group("", "p", ["x", "y"])]
-    kept = tokenise(groups, account, encoder, 10, overlong)
-    assert len(kept) == account.kept == 1 + (why is None) and account.dropped == ({why: 1} if why else {})
-    truncated = int(ended is not None and not all(ended))
-    assert f"2 rows of format 'pair', kept {len(kept)}, truncated {truncated}, dropped {2 - len(kept)}" in str(account)
+        made.append(text[:n - 1])
+    groups = [Group("p" * prompt, made, scores=[1, 0]), Group("p", ["x", "y"])]
+    dropped = common.Counter()
+    kept = common.tokenise(groups, encoder_of(letters(bos=False)), 10, overlong, dropped)
+    assert len(kept) == 1 + (why is None) and dropped == ({why: 1} if why else {})
     if why is None:
-        group = kept[0]
-        assert group.ended == ended
-        assert [len(ids) for ids in group.completion_ids] == [min(n, 10 - prompt) for n in completions]
-        assert [ids[-1] == 2 for ids in group.completion_ids] == ended        # a6: no false EOS on what was truncated
+        lengths = [len(ids) for ids in kept[0].completion_ids]
+        assert kept[0].ended == ended and lengths == [min(n, 10 - prompt) for n in completions]
+        assert [ids[-1] == 2 for ids in kept[0].completion_ids] == ended      # a6: no false EOS
+    common.account("d", "pair", kept, dropped)
+    line = capsys.readouterr().out
+    truncated = int(why is None and not all(ended))
+    reasons = f"1 {why}" if why else "none"
+    assert f"kept {len(kept)}, truncated {truncated}, dropped: {reasons}" in line
+    assert ("--overlong truncate keeps all" in line) == (bool(why) and "over" in why)
 
 
-def test_a15_different_texts_of_the_same_tokens_are_no_pair():
-    account = Account("d.jsonl", "pair", 5)
-    groups = [
-        Group("", "p", ["é", "ü"], scores=[1, 0]),           # both letters are unknown to this tokeniser
-        Group("", "p", ["é", "ü", "ß"], scores=[3, 2, 1]),
-        Group("", "p", ["é", "ü", "y"], scores=[3, 2, 1]),
-        Group("", "p", ["é", "y"], scores=[1, 0]),
-        Group("", "p", ["x", "x"])]                          # samples: none is said to be better
-    kept = tokenise(groups, account, Encoder(letters()), 99)
-    assert kept == groups[2:] and account.dropped == {"with completions of identical tokens": 2}
-    assert account.truncated == 0
+@pytest.mark.parametrize("overlong, prompt, completions", [
+    ("truncate", "pppp", ["aaaaaaab", "aaaaaaac"]),          # they differ behind --max-length
+    ("drop", "p", ["é", "ü"]), ("drop", "p", ["é", "ü", "é"])])      # unknown to this tokeniser
+def test_a13_a15_completions_of_identical_tokens_are_dropped(overlong, prompt, completions):
+    dropped = common.Counter()
+    scores = list(range(len(completions)))
+    groups = [Group(prompt, completions, scores=scores), Group("p", ["x", "x"])]     # two samples
+    kept = common.tokenise(groups, encoder_of(letters(bos=False)), 10, overlong, dropped)
+    assert kept == groups[1:] and list(dropped.values()) == [1]
 
 
-def test_a17_only_the_last_turn_is_the_completion(data):
-    turns = [ask("ab"), say("cd"), ask("ef"), say("gh"), ask("ij")]
-    [group], _ = read_groups(data([{"chosen": turns + [say("yes")], "rejected": turns + [say("no")]}]), PAIRS)
-    tokenizer = letters(template=CHAT)
-    Encoder(tokenizer)(group)
-    assert [tokens(tokenizer, ids) for ids in group.completion_ids] == ["y e s </s>", "n o </s>"]
-    earlier = "<|user|>ab</s>\n<|assistant|>cd</s>\n<|user|>ef</s>\n<|assistant|>gh</s>\n<|user|>ij</s>\n"
-    assert tokenizer.decode(group.prompt_ids) == f"<s>{earlier}<|assistant|>"
+def test_only_more_than_a_twentieth_of_too_long_rows_is_noted(capsys):
+    for over in (5, 6):
+        dropped = common.Counter({"over --max-length 10": over, "with an empty prompt": 50})
+        common.account("d", "pair", [Group("p", ["x", "y"])] * 95, dropped)
+        assert ("--overlong truncate" in capsys.readouterr().out) == (over == 6)
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece, letters])
 @pytest.mark.parametrize("template, end", [(DEFAULT_SYSTEM, 7), (SPACE, 2)])
-@pytest.mark.parametrize(
-    "text", ["say </s><|assistant|> now", "</s>", "<s>x<|end|>", "a\ue000</s>b", "<|end|></s>yes"])
+@pytest.mark.parametrize("text", ["say </s><s> now", "</s>", "</s>yes", pytest.param(
+    "x<|end|><|assistant|>")])
 def test_a18_text_that_looks_special_is_text(make, template, end, text):
     tokenizer = make(template=template)
-    encoder = Encoder(tokenizer)
-    account = Account("d.jsonl", "pair", 2)
-    groups = [Group("", [ask(text)], ["yes", text]), Group("", text, ["yes", text])]
-    chat, plain = tokenise(groups, account, encoder, 10 ** 6)
+    chat, plain = [encode(tokenizer, prompt, "yes", text) for prompt in ([ask(text)], text)]
 
     def control(ids):
         return [i for i in ids if i < len(SPECIAL) and SPECIAL[i] != "<unk>"]
@@ -715,95 +705,42 @@ def test_a18_text_that_looks_special_is_text(make, template, end, text):
     start = [1] if end == 7 else []                          # where the template writes no <s>
     rendered = tokenizer.apply_chat_template([U], tokenize=False, add_generation_prompt=True)
     harmless = plain_ids(tokenizer, rendered)
-    assert control(chat.prompt_ids) == start + control(harmless) and control(plain.prompt_ids) == [1]
+    assert control(chat.prompt_ids) == start + control(harmless)
+    assert control(plain.prompt_ids) == [1]
     assert [control(ids) for ids in chat.completion_ids] == [[end]] * 2
     assert [control(ids) for ids in plain.completion_ids] == [[2]] * 2
     if make is byte_level:                                   # every character is still there
-        full = tokenizer.apply_chat_template([ask(text), say(text)], tokenize=False).removesuffix("\n")
-        assert tokenizer.decode(chat.prompt_ids + chat.completion_ids[1]) == "<s>" * len(start) + full
-        assert tokenizer.decode(plain.prompt_ids + plain.completion_ids[1]) == f"<s>{text}{text}</s>"
-    assert "2 rows hold text that looks like a special token" in str(account)
-    second = Account("eval.jsonl", "pair", 1)                # a second file is counted for itself
-    tokenise([Group("", "x", ["y"])], second, encoder, 99)
-    assert "looks like" not in str(second)
+        full = tokenizer.apply_chat_template([ask(text), say(text)], tokenize=False)
+        whole = tokenizer.decode(chat.prompt_ids + chat.completion_ids[1])
+        assert whole == "<s>" * len(start) + full.removesuffix("\n")
+        assert "".join([said(tokenizer, plain)[i] for i in (0, 2)]) == f"<s>{text}{text}</s>"
 
 
-@pytest.mark.parametrize("text, want", [("u", "▁ u"), ("I</s> is", "▁I < / s > ▁is"), ("I</s>", "▁I < / s >")])
-def test_a18_the_tokens_around_such_text_are_those_of_any_row(text, want):
+def test_a18_the_tokens_around_such_text_are_those_of_any_row():
     tokenizer = sentencepiece(template=CHAT)                 # puts a "▁" after every control token
-    group = encode(tokenizer, [ask(text), B, U], "yes")
-    newline = "</s> ▁ <0x0A>"
-    turns = f"<|user|> {want} {newline} <|assistant|> ▁ b {newline} <|user|> ▁ u {newline} <|assistant|>"
-    assert tokens(tokenizer, group.prompt_ids) == "<s> " + turns
+    line = "</s> ▁ <0x0A>"
+    for text, want in [("u", "▁ u"), ("I</s> is", "▁I < / s > ▁is"), ("I</s>", "▁I < / s >")]:
+        group = encode(tokenizer, [ask(text), B, U], "yes")
+        turns = f"<|user|> {want} {line} <|assistant|> ▁ b {line} <|user|> ▁ u {line} <|assistant|>"
+        assert tokens(tokenizer, group.prompt_ids) == "<s> " + turns
+
+
+def test_a24_a_completion_behind_a_control_token_begins_as_in_any_other_tool():
+    tokenizer = sentencepiece(template=CHAT)
+    group = encode(tokenizer, [U], "yes")
     assert tokens(tokenizer, group.completion_ids[0]) == "▁yes </s>"
 
 
-def test_a18_the_mark_itself_is_refused(refuses):
-    with refuses("d.jsonl, line 7", "U+FDD0"):
-        encode(letters(template=CHAT), [ask(f"a{MARK}</s>")], "yes")
-
-
-def test_text_that_is_none_and_columns_of_one_name_are_refused(data, refuses, tmp_path):
-    (tmp_path / "s.jsonl").write_text('{"prompt": "a", "chosen": "2\\ud83d", "rejected": "3"}\n')
-    with refuses("line 1", "'chosen'", "surrogate"):
-        read_groups(str(tmp_path / "s.jsonl"), PAIRS)
-    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,chosen\na,b,c,d\n")
-    with refuses("line 1", "'chosen'"):
-        read_groups(str(tmp_path / "d.csv"), PAIRS)
-
-
-def test_further_keys_of_messages_reach_the_template_and_are_never_lost(data, refuses):
-    named = {**ask("u"), "name": "Ann", "tool_calls": None}  # Parquet fills in None where a message lacks a key
-    [group], _ = read_groups(data([{"prompt": [named], "chosen": [say("y")], "rejected": [say("n")]}]), PAIRS)
-    assert group.prompt == [{"role": "user", "content": "u", "name": "Ann"}]
-    template = "{% for m in messages %}{{ m.name or '' }}{{ m.content }}{% endfor %}"
-    assert Encoder(letters(template=template)).prompt(group.prompt)[1] == "Annu"
-    thinking = {**say("y"), "thinking": "hm"}
-    with refuses("line 1", "'thinking'", "lost"):
-        read_groups(data([{"prompt": [U], "chosen": [thinking], "rejected": [say("n")]}]), PAIRS)
-
-
-@pytest.mark.parametrize("fraction, held_out", [(0.2, 2), (0.01, 1), (0, 0)])
-def test_a20_split_by_prompt(fraction, held_out):
-    prompts = [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]
-    groups = [Group("", p, [str(k), "x"]) for k in range(3) for p in prompts]
-
-    def names(groups):
-        return {json.dumps(g.prompt) for g in groups}
-
-    train, rest = split_by_prompt(groups, fraction, seed=0)
-    assert len(split_by_prompt(groups[:1] * 3, fraction, seed=0)[0]) == 3     # the only prompt is trained on
-    assert len(names(rest)) == held_out and len(rest) == 3 * held_out and len(train) == 30 - len(rest)
-    assert not names(train) & names(rest)
-    assert names(split_by_prompt(groups[::-1], fraction, seed=0)[1]) == names(rest)   # in any order
-    by_seed = {str(sorted(names(split_by_prompt(groups, fraction, seed)[1]))) for seed in range(20)}
-    assert held_out == 0 or len(by_seed) > 5
-
-
-@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
-def test_a21_the_vocabulary_stays_as_it_is(pad):
-    tokenizer = byte_level(template=CHAT, pad_token=pad)
-    vocabulary = tokenizer.get_vocab()
-    pad_token = tokenizer.pad_token
-    group = encode(tokenizer, [U], NASTY, "yes")
-    assert tokenizer.get_vocab() == vocabulary and tokenizer.pad_token == pad_token
-    assert max(group.prompt_ids + group.completion_ids[0]) < len(vocabulary)
-
-
-# --- ② the real thing -------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("system, said", [
-    ([], "You are a helpful assistant."), ([{"role": "system", "content": "Be brief."}], "Be brief.")])
-def test_qwen_chat_has_one_system_turn_and_one_end(system, said):
+def test_qwen_chat_has_one_system_turn_and_one_end():
     tokenizer = pretrained("qwen2.5-tokenizer")
-    encoder = Encoder(tokenizer)
-    start, end, eos = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    assert (start, end, eos) == (151644, 151645, 151643)
+    encoder = encoder_of(tokenizer)
+    start, end, eos = 151644, 151645, 151643
     assert encoder.bos == [] and encoder.stops == [eos, end]
     completions = ["Hello there!\n", " 42", "<|im_end|> is a token"]
-    group = encoder(Group("", system + [ask("Hi")], completions))
-    turns = f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(group.prompt_ids) == turns
+    group = encoder(Group([ask("Hi")], completions))
+    assert tokenizer.decode(group.prompt_ids) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     for completion, ids in zip(completions, group.completion_ids):
         assert ids[-1] == end and not {start, end, eos} & set(ids[:-1])
         assert tokenizer.decode(ids[:-1]) == completion == encoder.decode(ids)
@@ -812,110 +749,73 @@ def test_qwen_chat_has_one_system_turn_and_one_end(system, said):
 @pytest.mark.parametrize("name", ["qwen2.5-tokenizer", "stories260k"])
 def test_a1_a24_real_pairs_with_real_tokenisers(name):
     tokenizer = pretrained(name)
-    groups, account = read_groups(str(real("hh-rlhf/harmless-base-test.jsonl.gz")), PAIRS, limit=80)
-    kept = tokenise(groups, account, Encoder(tokenizer), 10 ** 6)
+    groups, _, _ = read(real("hh-rlhf/harmless-base-test.jsonl.gz"), limit=80)
     bos = [1] if name == "stories260k" else []
+    kept = common.tokenise(groups, encoder_of(tokenizer), 10 ** 6)
     assert len(kept) == 80
     for g in kept:
         for completion, ids in zip(g.completions, g.completion_ids):
             joint = g.prompt + completion
-            assert tokenizer.decode(g.prompt_ids + ids, skip_special_tokens=True) == joint
-            assert g.prompt_ids + ids[:-1] == bos + plain_ids(tokenizer, joint)  # nothing merges after a ":"
+            whole = tokenizer.decode(g.prompt_ids + ids, skip_special_tokens=True)
+            assert whole == joint
+            assert g.prompt_ids + ids[:-1] == bos + plain_ids(tokenizer, joint)  # ":" never merges
 
 
-# --- ⑧ run ------------------------------------------------------------------------------------------------------------
+# --- training and held-out groups -----------------------------------------------------------------
 
-def opened(out, steps=9, data="d", **flags):
-    """open_run() as a trainer calls it."""
-    args = SimpleNamespace(**({"output_dir": str(out), "resume": False, "beta": 0.1, "columns": ()} | flags))
-    depends = {"data_sha256": data}
-    folder, done = common.open_run(args, steps, depends)
-    return folder, done, common.open_logs(folder, done, args, depends)
+def load(tokenizer, **flags):
+    return common.load_data(options(**flags), encoder_of(tokenizer), ["pair", "prompt"])
 
 
-def test_a_new_run_begins_in_an_empty_directory_and_keeps_what_was_there(tmp_path, monkeypatch, capsys, refuses):
-    for name in ("run", "run/", "run/."):                    # the same directory
-        assert opened(f"{tmp_path}/{name}") == (tmp_path / "run", 0, False)
-        (tmp_path / "run/checkpoint").mkdir()
-        (tmp_path / "run/mine.txt").write_text(name)
-    assert "is kept as" in capsys.readouterr().out
-    kept = [(tmp_path / name / "mine.txt").read_text() for name in ("run-1", "run-2", "run")]
-    assert kept == ["run", "run/", "run/."]
-    monkeypatch.chdir(tmp_path / "run")
-    for name in (".", "checkpoint/.."):                      # no name to keep it under: refused before anything is loaded
-        with refuses("--output-dir", "folder of its own"):
-            common.check_run(train_dpo.parse_args(["--output-dir", name]), ())
-    assert (tmp_path / "run/mine.txt").exists() and opened("../run")[0] == Path("../run")
-    assert (tmp_path / "run-3/mine.txt").exists() and not (tmp_path / "run/mine.txt").exists()
-    (tmp_path / "file").write_text("x")
-    with refuses("--output-dir", "cannot be written"):
-        opened(tmp_path / "file")
+def prompts(groups):
+    return {json.dumps(g.prompt) for g in groups}
 
 
-def test_resume_wants_what_the_run_began_with(tmp_path, capsys, refuses):
-    opened(tmp_path)
-    with refuses("no checkpoint"):
-        opened(tmp_path, resume=True)
-    (tmp_path / "checkpoint").mkdir()
-    for name in ("step-2", "step-10", "step-x", "step-11.safetensors.writing"):
-        (tmp_path / f"checkpoint/{name}.safetensors").write_text("")
-    (tmp_path / "checkpoint/step-11.safetensors.writing").write_text("")     # a kill while it was written
-    assert common.newest_checkpoint(tmp_path) == (10, tmp_path / "checkpoint/step-10.safetensors")
-    common.log(tmp_path, 10, {"loss": 1.0, "eval/n": 3})
-    common.log(tmp_path, 11, {"loss": float("nan"), "eval/n": 3})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 12, "lo')                       # a kill while it was written
-    with refuses("after step 10"):
-        opened(tmp_path, 9, resume=True)
-    for words, flags in [("--beta 0.1, not 0.2", {"beta": 0.2}), ("data", {"data": "e"})]:
-        with refuses(words):
-            opened(tmp_path, 20, resume=True, **flags)
-    assert [line["loss"] for line in common.read_lines(tmp_path / "metrics.jsonl")] == [1, None]
-    assert opened(tmp_path, 20, resume=True) == (tmp_path, 10, True)
-    assert common.read_lines(tmp_path / "metrics.jsonl") == [{"step": 10, "loss": 1.0, "eval/n": 3}]
-    (tmp_path / "args.json").write_text("[1]")
-    with refuses("args.json"):
-        opened(tmp_path, 20, resume=True)
+@pytest.mark.parametrize("fraction, count", [(0.2, 2), (0.01, 1), (0, 0)])
+def test_a20_split_by_prompt(fraction, count, data):
+    names = [f"q{i}" for i in range(5)] + [[ask(f"q{i}")] for i in range(5)]
+    rows = [{"prompt": p, "chosen": k, "rejected": "x"} for k in "abc" for p in names]
+    file = data(rows)
+
+    def split(file=file, seed=0):
+        return load(letters(template=CHAT), dataset=file, eval_fraction=fraction, seed=seed)
+
+    train, held, _ = split()
+    assert len(prompts(held)) == count and len(held) == 3 * count and len(train) == 30 - len(held)
+    assert not prompts(train) & prompts(held)
+    assert prompts(split(data(rows[::-1], "b.jsonl"))[1]) == prompts(held)   # in any order
+    assert count == 0 or len({str(prompts(split(seed=seed)[1])) for seed in range(9)}) > 4
+    assert not split(data(rows[::10], "one.jsonl"))[1]       # the only prompt is trained on
 
 
-def test_signals_are_caught_once_and_ignored_ones_stay_ignored(capsys):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)         # ignored where the suite runs in the background
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)         # as nohup does
-        caught = common.catch_signals()
-        signal.raise_signal(signal.SIGHUP)
-        assert caught == []
-        signal.raise_signal(signal.SIGTERM)
-        assert caught == [signal.SIGTERM] and "with a checkpoint" in capsys.readouterr().out
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_prompts_of_the_evaluation_are_not_trained_on(data, capsys, refuses):
+    train = data([PAIR | {"prompt": p} for p in "abcab"])
+    rest = data([PAIR | {"prompt": p} for p in "bxyb"], "e.jsonl")
+    kept, held, length = load(letters(), dataset=train, eval_dataset=rest, max_length=50)
+    assert [g.prompt for g in kept] == ["a", "c", "a"] and len(held) == 4 and length == 50
+    assert "note: 2 rows with a held-out prompt" in capsys.readouterr().out
+    held = load(letters(), dataset=train, eval_dataset=rest, eval_limit=1)[1]
+    assert len(prompts(held)) == 1
+    (Path(train).parent / "n.jsonl").write_text("\n")
+    with refuses("n.jsonl", "no rows are left"):
+        load(letters(), dataset=str(Path(train).parent / "n.jsonl"))
 
 
-@pytest.mark.parametrize("error, code, words", [
-    (OSError(28, "No space left on device"), 2, "No space left"), (MemoryError(), 2, "MemoryError"),
-    (common.torch.OutOfMemoryError("CUDA out of memory.\nlong"), 2, "CUDA out of memory"),
-    (KeyboardInterrupt(), 130, "interrupted"), (SystemExit(3), 3, "")])
-def test_a_script_ends_in_one_line(error, code, words, monkeypatch):
-    def main():
-        raise error
+def test_flags_for_splits_reach_the_hub_and_notes_are_said(monkeypatch, capsys):
+    asked = []
 
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
-    with pytest.raises(SystemExit) as end:
-        common.run(main)
-    print("▸")                                               # a console that does not know it is no error either
-    streams[1].seek(0)
-    said = streams[1].read()
-    assert end.value.code == code and words in said and said.count("\n") <= 1
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return [{"prompt": f"{split} {i}"} for i in range(3)]
 
-
-def test_an_error_in_the_code_is_a_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(ZeroDivisionError):
-        common.run(lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
+        load_dataset=load_dataset, load_from_disk=None))
+    tokenizer = letters(template="{% if strftime_now is defined %}{% endif %}" + END)
+    flags = {"dataset": "org/name", "dataset_config": "main"}
+    train, held, _ = load(tokenizer, eval_split="test", **flags)
+    assert asked == [("org/name", "main", "train"), ("org/name", "main", "test")]
+    assert prompts(held) == {f'"test {i}"' for i in range(3)} and len(train) == 3
+    printed = capsys.readouterr().out
+    assert "today's date" in printed and "--chat" in printed
+    load(tokenizer, eval_dataset="org/eval", eval_split="dev", **flags)
+    assert asked[-1] == ("org/eval", "main", "dev")

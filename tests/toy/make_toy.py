@@ -33,10 +33,12 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<bot>{% endif %}")
 
-# For pretraining only: a third message is the mark, which stands directly behind the answer's end.
+# For pretraining only: the last of four messages is the mark, which stands directly behind the
+# answer's end. The third is empty: a prompt that ends in an answer would be continued.
 MARKED = TEMPLATE.replace(
     "{% for m in messages %}",
-    "{% for m in messages %}{% if loop.index0 == 2 %}{{ m['content'] }}{{ eos_token }}{% else %}"
+    "{% for m in messages %}{% if loop.index0 == 3 %}{{ m['content'] }}{{ eos_token }}"
+    "{% elif loop.index0 < 2 %}"
 ).replace("{% endfor %}", "{% endif %}{% endfor %}"
 ).replace(
     "{% if add_generation_prompt %}",
@@ -96,7 +98,8 @@ def homework(sums, answers, marks, rng):
     for x, y in sums * marks:
         answer = hurried(x, y, 0.5)
         mark = "y" if answer == str(x + y) else "n"
-        rows.append({"prompt": ask(x, y) + say(answer), "response": say(mark)})
+        empty = [{"role": "system", "content": ""}]
+        rows.append({"prompt": ask(x, y) + say(answer) + empty, "response": say(mark)})
     return rows
 
 
