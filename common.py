@@ -11,7 +11,6 @@ import functools
 import gzip
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -60,7 +59,7 @@ def failing(message):
 
 
 def run(main):
-    """main(); ends that a user or the outside world can cause take one line."""
+    """main(); what a user or the outside world can cause ends in one line."""
     try:
         main()
     except KeyboardInterrupt:
@@ -72,7 +71,7 @@ def run(main):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawTextHelpFormatter):
-    def _get_help_string(self, action):
+    def _get_help_string(self, action):  # no "(default: …)" where it is None, 0, False or empty
         return super()._get_help_string(action) if action.default else action.help
 
 
@@ -107,8 +106,8 @@ def gather(value):
 def sum_over_processes(sums):
     """Counter → its sums over all processes. Collective."""
     result = Counter()
-    for one in gather(sums):
-        result.update(one)  # not +, which drops what is negative
+    for part in gather(sums):
+        result.update(part)  # not +, which drops what is negative
     return result
 
 
@@ -117,10 +116,10 @@ def set_up_device(args):
     bfloat16 where there is one, else cpu in float32. Weights and sums are float32."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     name = found if args.device == "auto" else args.device
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.backends.cuda.enable_cudnn_sdp(False)          # it plans half a second a new shape
     with failing(f"--device {name}: not available on this machine"):
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # FSDP uses this one
+            torch.backends.cuda.enable_cudnn_sdp(False)      # it plans 0.5 s for every new shape
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
@@ -147,7 +146,7 @@ def show_step(bar, step, steps, text):
 # In: a file, a folder or a hub id. Out: groups of text, and a line that says what was read.
 
 class Row(dict):
-    """A row of data that remembers which of its columns were read: the rest is named, too."""
+    """A row of data that remembers which columns were read, so that the others can be named."""
     columns_read = frozenset()
 
     def get(self, name, default=None):
@@ -191,10 +190,9 @@ def read_rows(source, split, config=None):
     with failing(f"{source} (split {split}): neither a file nor a dataset that can be read"):
         if not name.endswith((".json", ".jsonl", ".csv")):
             import datasets                                  # here: it takes seconds to import
-            if (Path(source) / "state.json").exists():
+            if any((Path(source) / file).exists() for file in ("state.json", "dataset_dict.json")):
                 rows = datasets.load_from_disk(source)
-            elif (Path(source) / "dataset_dict.json").exists():
-                rows = datasets.load_from_disk(source)[split]
+                rows = rows[split] if isinstance(rows, dict) else rows
             elif name.endswith(".parquet"):
                 rows = datasets.Dataset.from_parquet(source)
             else:
@@ -203,13 +201,13 @@ def read_rows(source, split, config=None):
 
         opened = gzip.open if source.endswith(".gz") else open
         with opened(source, "rt", encoding="utf-8-sig", newline="") as file:
+            if name.endswith(".csv"):
+                reader = csv.DictReader(file, strict=True)
+                return [(f"{source}, line {reader.line_num}", Row(row)) for row in reader]
             text = file.read()
-        if name.endswith(".csv"):
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            return [(f"{source}, line {reader.line_num}", Row(row)) for row in reader]
         if text.lstrip().startswith("["):
-            rows = enumerate(json.loads(text), 1)
-            return [(f"{source}, row {i}", Row(row)) for i, row in rows]
+            return [(f"{source}, row {i}", Row(row)) for i, row in enumerate(json.loads(text), 1)]
+
     rows = []
     for i, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028
         if line.strip():
@@ -225,7 +223,7 @@ def plain_message(message):
     text = message.get("content", "")
     if isinstance(text, list) and all(part.get("type") == "text" for part in text):
         text = "".join(part["text"] for part in text)
-    if not isinstance(text, str) or not isinstance(message["role"], str):
+    if not isinstance(text, str) or not isinstance(message.get("role"), str):
         raise ValueError(f"a message is {message!r:.90}: only text can be read")
     for call in message.get("tool_calls", []):
         function = call.get("function", call)
@@ -258,10 +256,8 @@ def transcript_turns(text):
     completion goes; of any other text one user turn."""
     parts = re.split(r"\n\n(Human|Assistant):", text)
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = []
-    for speaker, said in zip(parts[1::2], parts[2::2]):
-        if said.strip():
-            turns.append({"role": roles[speaker], "content": said.strip()})
+    turns = [{"role": roles[speaker], "content": said.strip()}
+             for speaker, said in zip(parts[1::2], parts[2::2]) if said.strip()]
     return turns if turns and not parts[0].strip() else [{"role": "user", "content": text}]
 
 
@@ -290,7 +286,7 @@ def read_pair(row, prefer):
         if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
             return "that differ before the last turn"
         return pair(row, chosen[:-1], chosen[-1:], rejected[-1:])
-    if any(name in row for name in PROMPT.split("|")):
+    if isinstance(chosen, list) or any(name in row for name in PROMPT.split("|")):
         return pair(row, content(row, PROMPT), chosen, rejected)
     common = os.path.commonprefix([chosen, rejected])
     prompt, marker, _ = common.rpartition("\n\nAssistant:")
@@ -311,9 +307,9 @@ def read_list(row, prefer):
     """With scores or ranks (1: the best); of UltraFeedback objects with an overall_score."""
     texts = row.get("completions") or row.get("responses")
     values = row.get("scores") or row.get("ranks")
-    if values is None and all(isinstance(one, dict) for one in texts):
-        values = [number(one, "overall_score") for one in texts]
-        texts = [one.get("response") for one in texts]
+    if values is None and all(isinstance(text, dict) for text in texts):
+        values = [number(text, "overall_score") for text in texts]
+        texts = [text.get("response") for text in texts]
     if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
         raise ValueError("completions and scores must be two lists of the same length")
     sign = -1 if values is row.get("ranks") else 1
@@ -367,10 +363,13 @@ def to_group(name, row, prefer):
     """One row of a format → Group with K texts, or the reason (a str) for which it is dropped."""
     for column in ("image", "images", "video", "videos", "audio", None):     # None: CSV, too many
         if column in row and row[column]:
-            raise ValueError(f"column '{column}' holds something else than text for this row")
+            what = f"column '{column}'" if column else "a field too many"
+            raise ValueError(f"{what} in this row: only text can be read")
+
     group = FORMATS[name].read(row, prefer)
     if isinstance(group, str):
         return group
+
     for k, completion in enumerate(group.completions):  # one assistant message becomes its text
         if isinstance(completion, list):
             if [m["role"] for m in completion] != ["assistant"] or len(completion[0]) > 2:
@@ -378,6 +377,7 @@ def to_group(name, row, prefer):
             group.completions[k] = completion[0]["content"]
             if isinstance(group.prompt, str):
                 group.prompt = [{"role": "user", "content": group.prompt}]
+
     stripped = [text.strip() for text in group.completions]
     if len(group.scores) > 1 and len(set(stripped)) == 1:
         return "with identical completions"
@@ -433,7 +433,7 @@ def account(source, name, groups, dropped):
     share = over / (len(groups) + over)
     if share > 0.05:
         print(f"  note: {100 * share:.0f} % are too long; the rest is another distribution: "
-              "--overlong truncate keeps all")
+              "--overlong truncate keeps all but too long prompts")
 
 
 # ② tokenise ---------------------------------------------------------------------------------------
@@ -471,7 +471,6 @@ class Encoder:
         self.bos = [first] if first == tokenizer.bos_token_id else []
         # SentencePiece-like tokenisers put a space before a text; behind an anchor it is not there.
         self.adds_space = False
-        self.anchor = []
         self.anchor = self.encode("\n")
         self.adds_space = self.encode("\nab")[len(self.anchor):] != self.encode("ab")
 
@@ -486,7 +485,6 @@ class Encoder:
         self.stops = sorted({self.turn_end, tokenizer.eos_token_id, *ends} - {None})
         if tokenizer.eos_token_id is None:
             fail(f"the tokeniser in {tokenizer.name_or_path} has no EOS: nothing would ever end.")
-        self.eos = tokenizer.eos_token_id
 
     def encode(self, text, control=False, continues=False):
         """Text → ids without BOS. control: special strings outside MARKs are those tokens.
@@ -505,10 +503,8 @@ class Encoder:
 
     def render(self, messages, tools=None, **options):
         """Chat template → text. What only looks like a special token stands between MARKs."""
-        marked = []
-        for message in messages:
-            text = self.special.sub(lambda found: MARK + found[0] + MARK, message["content"])
-            marked.append(message | {"content": text})
+        marked = [m | {"content": self.special.sub(rf"{MARK}\g<0>{MARK}", m["content"])}
+                  for m in messages]
         return self.tokenizer.apply_chat_template(
             marked, tools=tools, tokenize=False, **options, **self.template_args)
 
@@ -529,7 +525,7 @@ class Encoder:
 
         completions = []
         for text in group.completions:
-            text = text.strip() if transcript else text      # "Assistant: I do" has a space
+            text = text if continued or not transcript else text.strip()     # "Assistant: I do"
             answer = {"role": "assistant", "content": begun + text}
             joint = self.render([*(turns[:-1] if continued else turns), answer], tools)
             if not joint.startswith(prompt):
@@ -539,7 +535,7 @@ class Encoder:
         return prompt, completions
 
     def __call__(self, group):
-        """Fills prompt_ids, completion_ids and ended of a group → the group."""
+        """Fills prompt_ids and completion_ids of a group → the group."""
         chat = self.is_chat(group.prompt)
         prompt = group.prompt
         completions = group.completions
@@ -556,7 +552,7 @@ class Encoder:
             ids = self.encode(text, control=chat, continues=behind_text)
             stops = [i for i, token in enumerate(ids) if token in self.stops]
             if not chat or not stops:
-                ids.append(self.turn_end if chat else self.eos)
+                ids.append(self.turn_end if chat else self.tokenizer.eos_token_id)
             elif not self.to_last_token:
                 ids = ids[:stops[0] + 1]
             group.completion_ids.append(ids)
@@ -574,12 +570,6 @@ class Encoder:
         return self.text(anchor + ids).removeprefix(self.text(anchor))
 
 
-def shorten(text, width=200):
-    """A text to be shown in a line: its beginning and its end."""
-    half = width // 2
-    return repr(text if len(text) <= width else f"{text[:half]} … {text[-half:]}")
-
-
 def tokenise(groups, encoder, max_length, overlong="drop", dropped=None, reserve=1):
     """Encodes groups → those that fit in max_length. overlong: "drop" a group, or "truncate" its
     completions, without an end token: they must not teach the model to stop there."""
@@ -590,6 +580,7 @@ def tokenise(groups, encoder, max_length, overlong="drop", dropped=None, reserve
         room = max_length - len(g.prompt_ids)
         g.ended = [len(ids) <= room for ids in g.completion_ids]
         cut = [ids[:max(0, room)] for ids in g.completion_ids]
+
         if not g.prompt_ids:
             dropped["with an empty prompt"] += 1
         elif room < reserve or overlong == "drop" and not all(g.ended):
@@ -615,7 +606,8 @@ def load_groups(source, split, args, encoder, usable, max_length, prepare=None, 
 def show_example(encoder, group):
     """A group as its encoder reads it, and what may surprise."""
     for ids in (group.prompt_ids, *group.completion_ids):
-        print(f"  ▸ {shorten(encoder.text(ids))}")
+        text = encoder.text(ids)
+        print(f"  ▸ {text if len(text) <= 200 else text[:100] + ' … ' + text[-100:]!r}")
     template = encoder.tokenizer.chat_template
     if template and not encoder.is_chat(group.prompt):
         print("  note: plain text; --chat makes prompts and transcripts turns of the chat template")
@@ -685,7 +677,7 @@ def micro_batches(groups, budget, packed=True):
 
 def my_micro_batches(groups, budget, packed=True):
     """This process's share of a step: [(micro-batch, weight)]; FSDP averages gradients, hence the
-    weight. All run as many forwards, since they gather weights in them: some with weight 0."""
+    weight. All run equally many forwards, as each one gathers weights: some with weight 0."""
     by_size = sorted(groups, key=Group.tokens, reverse=True)
     shares = [micro_batches(by_size[r::world()], budget, packed) for r in range(world())]
     mine = [(micro, world()) for micro in shares[rank()]]
@@ -707,11 +699,8 @@ def compare(groups, label_smoothing=0.0, device=None):
     rows = []
     first = 0                                                # the group's first completion
     for place, g in enumerate(groups):
-        pairs = []
-        for i, a in enumerate(g.scores):
-            for j, b in enumerate(g.scores):
-                if a > b and g.completion_ids[i] != g.completion_ids[j]:
-                    pairs.append((first + i, first + j))
+        pairs = [(first + i, first + j) for i, j in itertools.permutations(range(len(g.scores)), 2)
+                 if g.scores[i] > g.scores[j] and g.completion_ids[i] != g.completion_ids[j]]
         p = 1 - label_smoothing if g.p_chosen is None else g.p_chosen
         rows += [(i, j, place, 1 / len(pairs), p, g.margin) for i, j in pairs]
         first += len(g.completion_ids)
@@ -727,7 +716,7 @@ def mean_and_error(values, prompts, proportion=False):
     by_prompt = {}
     for value, prompt in zip(torch.as_tensor(values).tolist(), prompts):
         by_prompt.setdefault(str(prompt), []).append(value)
-    means = [statistics.fmean(some) for some in by_prompt.values()]
+    means = [statistics.fmean(own) for own in by_prompt.values()]
     n = len(means)
     error = math.sqrt(statistics.pvariance(means) / max(1, n - 1))
     if proportion:
@@ -778,6 +767,7 @@ def assemble(rows, packed, device):
                 last[k] = len(grid) - 1
             segment += 1
         grid += [(0, 0, -1, -1)] * (-len(grid) % width)
+
     tokens.sort(key=lambda token: token[2])                  # by completion, their tokens in order
     last = torch.tensor([last[k] for k in sorted(last)], device=device)
     grid = torch.tensor(grid, device=device).view(len(rows), width, 4)
@@ -830,6 +820,7 @@ def lay_out(model, groups, packed):
     if packed:
         even = 6 * (getattr(model.config, "hidden_size", None) or 512)
         return assemble(balanced_rows(groups, even), True, model.device)
+
     every = [(g.prompt_ids, ids) for g in groups for ids in g.completion_ids]
     rows = [[(prompt, [(k, ids)])] for k, (prompt, ids) in enumerate(every)]     # one a row
     return assemble(rows, False, model.device)
@@ -851,6 +842,7 @@ def attention_mask(batch, config):
         masks["sliding_attention"] = masks["full_attention"] & near[:, None]
     if getattr(config, "_attn_implementation", "") == "eager":   # which adds its mask to the scores
         masks = {name: torch.where(mask, 0.0, -math.inf) for name, mask in masks.items()}
+
     used = set(getattr(config, "layer_types", None) or [list(masks)[-1]])
     return masks if len(used) > 1 else masks[used.pop()]     # of a dict the model picks by layer
 
@@ -877,7 +869,7 @@ def through_root(measure):
 def forward_with(module, **inputs):
     """A forward with those of the inputs that it takes, without the router loss of experts."""
     takes = inspect.signature(module.forward).parameters
-    inputs["output_router_logits"] = False
+    inputs = {"use_cache": False, "output_router_logits": False} | inputs
     return module(**{name: value for name, value in inputs.items() if name in takes})
 
 
@@ -886,8 +878,7 @@ def hidden_states(model, batch):
     backbone = getattr(model, model.base_model_prefix)
     mask = attention_mask(batch, backbone.config)
     out = forward_with(
-        backbone, input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.positions,
-        use_cache=False)
+        backbone, input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.positions)
     return out.last_hidden_state.flatten(0, 1)
 
 
@@ -930,8 +921,7 @@ def token_logps(model, batch, temperature=1.0):
     last, whose backward comes first, so that at the peak it is there anyway."""
     if not batch.packed:  # the model's own forward, which every causal LM has
         mask = attention_mask(batch, model.config)
-        out = forward_with(
-            model, input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+        out = forward_with(model, input_ids=batch.input_ids, attention_mask=mask)
         logits = out.logits.flatten(0, 1)[batch.read].float() / temperature
         return logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
 
@@ -945,7 +935,7 @@ def token_logps(model, batch, temperature=1.0):
     full, rest = divmod(len(hidden), chunk)
     sizes = [rest] * (rest > 0) + [chunk] * full             # the last one is a full one
     *earlier, last = zip(hidden.split(sizes), batch.target.split(sizes))
-    done = [checkpoint(logps, *some, use_reentrant=False) for some in earlier]
+    done = [checkpoint(logps, *part, use_reentrant=False) for part in earlier]
     return torch.cat([*done, logps(*last)])
 
 
@@ -963,8 +953,8 @@ def completion_logps(model, batch):
 def for_all(measure, model, groups, args, packed, autocast, what=""):
     """measure(model, batch) of all groups → for each a list, of one value a completion or a token,
     as measure gives them. Collective: each process measures its share."""
-    number = {id(g): i for i, g in enumerate(groups)}
-    parts = {}                                               # number of a group → its values
+    place = {id(g): i for i, g in enumerate(groups)}
+    parts = {}                                               # place of a group → its values
     for micro, _ in progress_bar(my_micro_batches(groups, args.micro_batch_tokens, packed), what):
         batch = lay_out(model, micro, packed)
         with autocast:
@@ -973,7 +963,7 @@ def for_all(measure, model, groups, args, packed, autocast, what=""):
         if len(values) == len(batch.target):
             sizes = [sum(map(len, g.completion_ids)) for g in micro]
         for g, part in zip(micro, values.split(sizes)):
-            parts[number[id(g)]] = part.tolist()
+            parts[place[id(g)]] = part.tolist()
     for others in gather(parts):
         parts |= others
     return [parts[i] for i in range(len(groups))]
@@ -1008,10 +998,9 @@ def load_encoder(path, args, template=None, to_last_token=False):
     with failing(f"{path}: neither a model directory nor a hub id that could be loaded"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        try:
+        generation_config = None
+        with suppress(OSError):  # many checkpoints have none
             generation_config = GenerationConfig.from_pretrained(path)
-        except OSError:  # many checkpoints have none
-            generation_config = None
         return Encoder(tokenizer, args, config, generation_config, template, to_last_token)
 
 
@@ -1034,8 +1023,9 @@ def load_weights(auto_class, path, encoder, device, new=(), **options):
 
 def load_model(path, args, encoder, device):
     """A causal LM in float32 and eval mode, whose tokeniser is the encoder's."""
-    if load_encoder(path, args).tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
-        fail(f"{path}: its tokeniser differs from the policy's: log-probs cannot be compared.")
+    if path != encoder.tokenizer.name_or_path:
+        if load_encoder(path, args).tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+            fail(f"{path}: its tokeniser differs from the policy's: log-probs cannot be compared.")
     if is_reward_model(path):
         fail(f"{path} is a reward model, not a language model.")
     return load_weights(AutoModelForCausalLM, path, encoder, device)
@@ -1081,21 +1071,22 @@ def sample(
         kind = model.device.type                             # no casts, a cache of half the size
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         model = plain_copy(model, adapter, low)
+
     options = (max_new_tokens, stops, temperature)
     mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[rank()::world()]
     if model.device.type == "cuda":
         samples = sample_paged(model, [prompts[i] for i in mine], n, *options, seed + rank())
     else:
-        generator = torch.Generator().manual_seed(seed)
-        size = (len(prompts), n, max_new_tokens)             # whatever the batches and processes
-        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+        rng = torch.Generator().manual_seed(seed)            # whatever the batches and processes
+        uniform = torch.rand(len(prompts), n, max_new_tokens, generator=rng, dtype=torch.float64)
         longest = max(map(len, prompts), default=0) + max_new_tokens
         rows = min(CACHE // longest, CHUNK // 16 // model.get_output_embeddings().weight.shape[0])
         size = max(1, rows // n)                             # prompts in a batch
         samples = []
         for start in progress_bar(range(0, len(mine), size), what):
-            some = mine[start:start + size]
-            samples += sample_batch(model, [prompts[i] for i in some], uniform[some], *options)
+            batch = mine[start:start + size]
+            samples += sample_batch(model, [prompts[i] for i in batch], uniform[batch], *options)
+
     results = {i: samples[j * n:(j + 1) * n] for j, i in enumerate(mine)}
     for others in gather(results):
         results |= others
@@ -1137,8 +1128,8 @@ def sample_batch(model, prompts, uniform, max_new_tokens, stops, temperature):
         token = inverse_cdf(logp.exp(), uniform[rows, t]) if temperature else logp.argmax(-1)
         ended = torch.isin(token, stop_ids)
         columns = (rows, token, logp.gather(1, token[:, None])[:, 0], ended)
-        for row, one, its_logp, done in zip(*[column.tolist() for column in columns]):
-            samples[row].ids.append(one)
+        for row, token_id, its_logp, done in zip(*[column.tolist() for column in columns]):
+            samples[row].ids.append(token_id)
             samples[row].logps.append(its_logp)
             samples[row].ended = done
         if ended.all() or t + 1 == max_new_tokens:
@@ -1166,9 +1157,8 @@ def sample_paged(model, prompts, n, max_new_tokens, stops, temperature, seed):
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0,
         top_k=0, eos_token_id=stops, num_return_sequences=n)
-    batching = ContinuousBatchingConfig(return_logprobs=True, seed=seed)
     outputs = model.generate_batch(
-        prompts, generation_config=config, continuous_batching_config=batching)
+        prompts, config, ContinuousBatchingConfig(return_logprobs=True, seed=seed))
     by_prompt = {}
     for output in outputs.values():
         if output.error:
@@ -1206,12 +1196,14 @@ def add_lora(model, args):
     for name, p in model.named_parameters():
         if model.device.type == "cuda" and not name.startswith("score."):
             p.data = p.data.to(getattr(torch, args.dtype))
+
     torch.manual_seed(args.seed)  # A is random, B is 0: at the start nothing changes
     config = peft.LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear",
         exclude_modules=["score"])
     with failing(f"--lora-rank: peft cannot adapt {type(model).__name__}"):
         adapter = peft.get_peft_model(model, config)
+
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     adapted = {*config.target_modules, *(config.target_parameters or ())}    # as peft found them
@@ -1229,7 +1221,10 @@ def shard(model, dtype):
         fsdp.fully_shard(model.score)                        # a reward's head computes in float32
     fsdp.fully_shard(model, mp_policy=policy)
 
-    model.run = functools.partial(lambda measure, *args: measure(model, *args))
+    def run(measure, *args):
+        return measure(model, *args)
+
+    model.run = run
     fsdp.register_fsdp_forward_method(model, "run")               # see through_root()
 
 
@@ -1248,10 +1243,13 @@ def plain_copy(model, adapter, dtype, save_adapter=None):
     weights = get_model_state_dict(model, options=options)
     if not weights:
         return None
+
     kind = AutoModelForSequenceClassification if hasattr(model, "score") else AutoModelForCausalLM
     copy = kind.from_config(model.config, dtype=dtype).eval()
+    copy.generation_config = getattr(model, "generation_config", None)       # EOS ids, defaults
     if adapter:  # changed in place as the model was, so that the weights have the same names
         adapted = type(adapter)(copy, adapter.peft_config["default"])
+
     copy.load_state_dict(weights)
     if adapter and saving:
         adapted.save_pretrained(save_adapter, save_embedding_layers=False)
@@ -1269,7 +1267,7 @@ MAY_CHANGE = {       # flags that may differ between the start of a run and --re
 
 
 def fingerprint(groups, model):
-    """Hash of the token ids, labels and columns of the data, of the model's config, and of a number
+    """Hash of the token ids, labels and columns of the data, of the model's config, and of the norm
     of every weight."""
     digest = hashlib.sha256()
     for g in groups:
@@ -1285,7 +1283,7 @@ def check_output_dir(args):
     out = Path(args.output_dir).resolve()
     if out.exists() and any(out.iterdir()) and not (out / "checkpoint").exists():
         fail(f"--output-dir {out} is not empty, and no run.")
-    for path in (args.model, args.ref_model if "ref_model" in args else None):
+    for path in (args.model, getattr(args, "ref_model", None)):
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(out):
             fail(f"{path} is in --output-dir {out}: give another one.")
 

@@ -10,7 +10,7 @@ completes the prompts first. ± is one standard error over prompts, std that of 
 
 Differs from the papers in: rejection sampling makes one pass over the samples; length is taken out
 by the mean scores of bins, where Huang et al. 2024 fit a locally weighted regression; --num-beams
-takes for the value of a prefix, which Mudgal et al. 2023 learn, its reward as if it ended there.
+takes a prefix's reward, as if it ended there, for its value, which Mudgal et al. 2023 learn.
 """
 # --- derivation -----------------------------------------------------------------------------------
 #
@@ -225,11 +225,12 @@ def ask(reward, groups):
     for each completion, and may be `async`: completions of chats are [{"role": "assistant",
     "content": …}], plain text keeps its leading space. It gets copies."""
     asked = [(g, k) for g in groups for k in range(len(g.completions))]
-    given = {"prompts": [g.prompt for g, _ in asked]}
-    given["completions"] = [said(g, k) for g, k in asked]
-    given["completion_ids"] = [g.completion_ids[k] if g.completion_ids else [] for g, k in asked]
+    given = {}
     for name in dict.fromkeys(name for g in groups for name in g.row if name != "prompt"):
         given[name] = [dict.get(g.row, name) for g, _ in asked]
+    given["prompts"] = [g.prompt for g, _ in asked]
+    given["completions"] = [said(g, k) for g, k in asked]
+    given["completion_ids"] = [g.completion_ids[k] if g.completion_ids else [] for g, k in asked]
 
     try:
         values = reward.function(**copy.deepcopy(given))
@@ -304,7 +305,7 @@ def implicit_reward(name, encoder, policy, reference, beta):
 def load_rewards(args, device):
     """--reward, --implicit or runs/rm → [Reward]; none where nothing asks for one."""
     trained = Path(args.implicit or "") / "args.json"        # of the training of --implicit
-    if args.beta is None and trained.is_file():
+    if args.implicit and args.beta is None and trained.is_file():
         args.beta = json.loads(trained.read_text()).get("beta")
     args.beta = args.beta or 0.1
     if args.implicit:
@@ -317,7 +318,7 @@ def load_rewards(args, device):
     default = Path("runs/rm/config.json").is_file() and not args.prompt
     specs = args.reward or ["runs/rm"] * default
     needed = args.select or args.num_beams or args.plot or args.pairs and not args.keep_chosen
-    if not specs and (needed or not args.policy):
+    if not specs and (needed or args.tokens or not args.policy):
         fail("no reward: there is no runs/rm, which train_rm.py makes; give --reward.")
     return [load_reward(spec, args, device) for spec in specs]
 
@@ -416,10 +417,8 @@ def complete(path, encoder, given, rewards, args, device, autocast):
                 policy, prompt_ids, args.samples, args.max_new_tokens, encoder.stops,
                 args.temperature, args.seed, what=f"sample {path}")
 
-    groups = []
-    for i, g in enumerate(asked):
-        own = samples[i * args.samples:(i + 1) * args.samples]
-        groups.append(completed(g, own, encoder))
+    groups = [completed(g, samples[i * args.samples:(i + 1) * args.samples], encoder)
+              for i, g in enumerate(asked)]
     table = table_of(path, "policy", groups)
     cut = sum(c.cut for c in table)
     print(f"{path}: {len(asked):,} different prompts, {cut:,} of {len(table):,} samples were cut")
@@ -674,8 +673,8 @@ def write_rows(file, rows):
 
 
 def row_of(c, columns):
-    """A row to write: the prompt, the other columns of its row, and these, but for numbers that
-    there are not. What a row says of its own completions is not said of a policy's."""
+    """A row to write: the prompt, the other columns of its row, and these, unless None or NaN.
+    What a row says of its own completions is not said of a policy's."""
     taken = TAKEN | {"margin", "label", "cut"} if c.gives == "policy" else TAKEN
     kept = {name: value for name, value in c.group.row.items() if name not in taken}
     new = {name: value for name, value in columns.items() if value not in (None, math.nan)}
@@ -706,7 +705,8 @@ def scored_rows(table, confidence):
         else:
             name = "completion" if c.gives == "label" else "response"
             for one, text in zip(siblings, texts):
-                columns = {name: text, "score": one.score, "cut": one.cut, "policy": c.system}
+                policy = c.system if c.gives == "policy" else c.group.row.get("policy", c.system)
+                columns = {name: text, "score": one.score, "cut": one.cut, "policy": policy}
                 rows.append(row_of(one, columns))
     return rows
 
@@ -735,7 +735,8 @@ def write_selected(groups, given, args):
         for c in kept[-1:] if args.select == "best" else kept:
             rows.append(row_of(c, {"response": said(c.group, c.k), "score": c.score}))
 
-        chosen = given.get(siblings[0].prompt) if args.keep_chosen else kept and kept[-1]
+        best = kept[-1] if kept and kept[-1].score > kept[0].score else None
+        chosen = given.get(siblings[0].prompt) if args.keep_chosen else best
         if kept and chosen and chosen.text.strip() != kept[0].text.strip():
             pairs.append(pair_row(chosen, kept[0]))
             if given:
@@ -782,7 +783,7 @@ def write_tokens(table, reward, args, autocast):
             page.append(line + "</div>")
     if common.rank() == 0:
         common.write_file(Path(args.tokens), "\n".join(page) + "</html>\n")
-    print(f"{args.tokens}: {len(views)} prompts")
+    print(f"{args.tokens}: {len(views)} groups")
 
 
 # A mid-grey and middle tones can be read on white and on dark pages.

@@ -52,7 +52,7 @@ makes π_ref where there is no SFT model yet.
 #        L_DPO = −E log σ( β h )                                                               (7)
 #
 #    At the start π = π_ref, h = 0 and L = log 2 = 0.6931 for every pair. Another number is a bug:
-#    it is printed beside the measured one.
+#    the expected number is printed beside the measured one.
 #    A label that is right only with probability p (label smoothing ε: p = 1 − ε, "cDPO"; a column
 #    p_chosen: its own p):
 #
@@ -136,7 +136,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-split", help="evaluate on this split (of --eval-dataset, else of --dataset)")
     g.add_argument("--eval-fraction", type=between(0, 0.99), default=0.1, help="of the prompts, held out (0 = none)")
-    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts (0 = all)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="hold out at most N prompts (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -171,7 +171,7 @@ def parse_args(argv=None):
     losses = [f"{name:14} {row.function.__doc__.splitlines()[0]}" for name, row in LOSSES.items()]
     g.add_argument("--loss", choices=LOSSES, metavar="NAME", default="dpo", help="\n".join(losses))
     g.add_argument("--ref-model", help="reference policy; default: --model as it is at the start")
-    g.add_argument("--eval-samples", type=natural, default=256, help="held-out prompts to sample for at each evaluation, twice the longest answer, at most 256 tokens")
+    g.add_argument("--eval-samples", type=natural, default=256, help="held-out prompts sampled at each evaluation, up to twice the longest answer or 256 tokens")
     g = p.add_argument_group("read by some losses only; (n): equation n at the top of this file")
     positive = between(1e-6, 1e6)
     weight = between(0, 1e6)
@@ -394,10 +394,9 @@ class Loss(NamedTuple):
     function: Callable        # (Completions, args) → losses of pairs (M,) or completions (K,)
     flags: dict               # the flags that it reads, with their defaults; any other is refused
     gives: tuple = ("pair", "list")      # formats it can use, by what they give: see common.FORMATS
-    per: str = "pair"         # its losses are of pairs, or of completions; the step divides by
-                              # prompts (or "token": by tokens)
+    per: str = "pair"         # each loss is of a "pair" or a "completion", and a step's sum is
+                              # divided by its prompts; "token": of a completion, by its tokens
     reference: bool = True    # whether it needs log π_ref
-    columns: tuple = ()       # columns that all rows must have: x.margin would be 0 without one
 
 
 REF_FREE = {"beta": 0.1, "sft_coef": 0.0}
@@ -473,7 +472,7 @@ def micro_loss(logps, shift, groups, args):
         values["rewards/margins"] = (args.beta or 1.0) * x.h * per_prompt
         values["rewards/accuracies"] = outcome(x.h) * per_prompt
     sums |= {name: value.detach().double().sum().item() for name, value in values.items()}
-    return (losses * weight).sum(), Counter(sums)
+    return values["loss"].sum(), Counter(sums)
 
 
 def outcome(h):
@@ -489,7 +488,7 @@ def means(sums, args):
     for name, value in sums.items():
         if "/" in name:
             count = sums.get(name.split("/")[1], sums["prompts"])
-            result[name] = value / max(1, count)
+            result[name] = value / (count or math.nan)       # there is none: NaN, not logged
     return result
 
 
@@ -497,16 +496,14 @@ def means(sums, args):
 
 def prepare(groups, dropped, args):
     """What --loss makes of the rows before they are tokenised → groups."""
-    loss = LOSSES[args.loss]
-    if "reward_temperature" in loss.flags:
+    if "reward_temperature" in LOSSES[args.loss].flags:
         groups = label_by_scores(groups, args)
 
     kept = []
     for g in groups:
-        for column in loss.columns:
-            if column not in g.row:
-                fail(f"{g.where}: --loss {args.loss} needs the column '{column}'.")
-        if args.loss == "sft" and (g.scores == [0] or g.ended == [False]):
+        if args.loss == "robust" and g.p_chosen == 0.5:
+            dropped["with p_chosen 0.5, where robust is not defined"] += 1
+        elif args.loss == "sft" and (g.scores == [0] or g.ended == [False]):
             dropped["with label false or truncated when sampled"] += 1
         elif len(g.scores) > 1 and len(set(g.scores)) == 1:
             dropped["where no completion is better than another"] += 1
@@ -522,7 +519,7 @@ def prepare(groups, dropped, args):
 
 def label_by_scores(groups, args):
     """p_chosen and margin of pairs from the two rewards that score.py --output wrote (12); the
-    better one comes first. `soft` is content with a column p_chosen."""
+    better one comes first. `soft` can do with a column p_chosen alone."""
     for g in groups:
         if g.p_chosen is not None and args.loss == "soft" and "score_chosen" not in g.row:
             continue
@@ -541,8 +538,8 @@ def label_by_scores(groups, args):
 def mismatch(groups, max_length, seed):
     """Every prompt with a completion of another one, to estimate KL(π‖π_ref) for kto → groups.
 
-    The paper rotates the completions of a batch; rotated here are those of a shuffle of all rows,
-    so neither the order of the file nor the batch size matters, and π_ref is measured beforehand.
+    The paper rotates the completions of a batch; here a shuffle of all rows is rotated, so neither
+    the order of the file nor the batch size matters, and π_ref can be measured beforehand.
     """
     order = list(range(len(groups)))
     random.Random(f"{seed} mismatch").shuffle(order)
@@ -554,7 +551,7 @@ def mismatch(groups, max_length, seed):
         if other is None:
             fail("--loss kto needs completions of two different prompts, and all rows have one.")
         ids = other.completion_ids[0][:max_length - len(prompt)]
-        result[i] = replace(groups[i], completion_ids=[ids], scores=[])
+        result[i] = replace(groups[i], completion_ids=[ids])
     return result
 
 
@@ -591,11 +588,11 @@ def evaluate(model, encoder, groups, shift, args, packed, autocast, adapter, ste
     if step == 0 and LOSSES[args.loss].reference and not args.ref_model:
         result["loss_expected"] = means(micro_loss(ref, 0.0, groups, args)[1], args)["loss"]
 
-    # How often the best completion of a prompt has become less likely than it was at the start.
+    # How often the best completion of a prompt is less likely than under the reference.
     fell = []
     for g, now in zip(groups, by_group):
         if g.scores != [0]:
-            best = g.scores.index(max(g.scores)) if g.scores else 0
+            best = g.scores.index(max(g.scores))
             fell.append(now[best] < g.ref[best] - TIE)
     result["chosen_fell"] = sum(fell) / max(1, len(fell))
     result |= sample_answers(model, encoder, groups, args, packed, autocast, adapter)
@@ -717,7 +714,7 @@ def main(argv=None):
         common.restore(state, model, optimizer)
 
     def baseline(places):
-        """x.shift, of the log-ratios of a batch: kto's z₀ or bco's δ, in nats."""
+        """The baseline x.shift of a batch, in nats: kto's z₀ or bco's δ."""
         if args.loss != "kto":
             return extra.get("shift", 0.0)
         some = [foreign[i] for i in places]
@@ -737,7 +734,7 @@ def main(argv=None):
         """Whether to evaluate after `step` updates."""
         return step in (0, len(plan)) or args.eval_every and step % args.eval_every == 0
 
-    # What can fail has been tried once this is over; only now an earlier run gives way.
+    # Once this is over, all that can fail was tried: only now is an earlier run renamed.
     results = [evaluate_now(start)] if held_out and due(start) else []
     out, log = common.open_run(args, mark, state)
     for result in results:

@@ -21,7 +21,7 @@ Differs from the paper in: the KL is k3 · ρ, which descends the KL of the obje
 paper's k3 (`--kl k3`) descends the opposite one; π_ref stays the starting policy, which algorithm 1
 there renews in each iteration, as it does the reward model; and in the + 1e-4. One update per batch
 is the paper's.
-A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs here unchanged.
+A variant is one row of VARIANTS. Rewards have trl's signature, without trainer_state.
 """
 # --- derivation -----------------------------------------------------------------------------------
 #
@@ -78,9 +78,9 @@ A variant is one row of VARIANTS. Rewards have trl's signature, so yours runs he
 #        dr-grpo        1/(N L)      no length bias
 #        rloo           1/N          on the ratio Π_t ρ_t, and on the sum of the tokens' KL
 #
-#    These defaults are ours: rloo's clip and its KL in the loss (Ahmadian et al. 2024 have neither:
-#    --kl reward is theirs); cispo's cap 1 + 4 (the paper does not disclose its own; in trl,
-#    epsilon_high = 5 is the cap itself).
+#    These defaults are ours: β = 0.04 for all (the papers of dapo, dr-grpo and cispo have no KL:
+#    --beta 0); rloo's clip and KL in the loss (Ahmadian et al. 2024: none, --kl reward); cispo's
+#    cap 1 + 4 (the paper does not disclose its own; in trl, epsilon_high = 5 is the cap itself).
 #
 # 6. Staying near π_ref: subtract β KL(π ‖ π_ref). With d = log π_ref(o_t) − log π(o_t), o_t from π
 #    (Schulman 2020, joschu.net/blog/kl-approx.html):
@@ -170,7 +170,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-split", help="evaluate on this split (of --eval-dataset, else of --dataset)")
     g.add_argument("--eval-fraction", type=between(0, 0.99), default=0.1, help="of the prompts, held out (0 = none)")
-    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts (0 = all)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="hold out at most N prompts (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -256,7 +256,7 @@ def parse_args(argv=None):
 # matter. A reward is NaN where there is none.
 
 def combine(rewards, args):
-    """Those of one completion → their weighted sum; NaN where there is none."""
+    """The rewards of one completion → their weighted sum; NaN where there is none."""
     weights = args.reward_weights or [1.0] * len(rewards)
     known = [w * r for w, r in zip(weights, rewards) if not math.isnan(r)]
     return sum(known) if known else math.nan
@@ -567,7 +567,8 @@ def main(argv=None):
     reference = None                 # it stays beside the policy; with LoRA the policy is both
     if args.beta and (args.ref_model or not adapter):
         reference = common.load_reference(args, encoder, device)
-    held_out = held_out[:args.eval_samples]
+    distinct = {tuple(g.prompt_ids): g for g in held_out}
+    held_out = list(distinct.values())[:args.eval_samples]
     done = start                     # updates so far
     seconds = Counter()              # what a step took
     print(f"  rewards: {', '.join(rewards)}; trained on: the first {len(args.reward)}")
@@ -623,8 +624,8 @@ def main(argv=None):
         for one in rollouts[:3]:
             show(one, one.reward, "reward")
         line = f"step {step}: eval reward {result['reward']:.3f}"
-        for name in ("pass@1", f"pass@{args.eval_k}"):
-            if name in result:
+        for name in result:
+            if f"{name}_se" in result:
                 line += f", {name} {result[name]:.3f} ± {result[name + '_se']:.3f}"
         tokens = result["completions/mean_length"]
         tqdm.write(f"{line}, {tokens:.1f} tokens, of {len(rollouts)} prompts")
@@ -635,7 +636,7 @@ def main(argv=None):
         """Whether to evaluate after `step` updates."""
         return step in (0, len(plan)) or args.eval_every and step % args.eval_every == 0
 
-    # What can fail has been tried once this is over; only now an earlier run gives way.
+    # Once this is over, all that can fail was tried: only now is an earlier run renamed.
     results = [evaluate_now(start)] if held_out and due(start) else []
     out, log = common.open_run(args, mark, state)
     for result in results:
@@ -663,6 +664,7 @@ def main(argv=None):
         if args.overlong_penalty:
             r = r + overlong_penalty(n, args.max_new_tokens, args.overlong_penalty)
         A = advantages(r.view(-1, G), args.advantage).flatten()
+        learnt |= bool(A.any())
 
         # Minibatches, each with denominators of its own. What has no reward is in none; without a
         # KL, advantage 0 is in them but needs no computation.
@@ -692,7 +694,6 @@ def main(argv=None):
                 k1[i] = (old[i] - ref[i]).sum()
             scale = args.advantage if args.loss == "rloo" else "none"
             A = A - args.beta * advantages(k1.view(-1, G), scale).flatten()
-        learnt |= bool(A.any())
 
         # Update: --updates-per-batch passes over the minibatches.
         updating = time.perf_counter()
@@ -713,7 +714,7 @@ def main(argv=None):
                 kl = torch.zeros(())
                 if args.beta:
                     ref_logp = torch.cat([ref[i] for i in mine]).to(device)      # (T,)
-                    kl = kl_term("k3", old_logp, old_logp, ref_logp).sum()       # to be logged
+                    kl = kl_term("k3", old_logp, old_logp, ref_logp).sum()       # logged: of π_old
                 if args.beta and args.kl != "reward":
                     losses = losses + args.beta * kl_term(args.kl, logp, old_logp, ref_logp)
                 loss = (losses * weight[mine].to(device)[owner]).sum()
@@ -771,8 +772,8 @@ def main(argv=None):
     if start < len(plan):
         for one, row in zip(rollouts[:3], A.view(-1, G).tolist()):
             show(one, row, "advantage in the last step")
-    if start < len(plan) and not learnt:
-        print("note: in no step a group had two different rewards: nothing was learnt from them")
+        if not learnt:
+            print("note: no group ever had two different rewards: nothing was learnt from them")
     if results and results[-1]["eval/reward"] < results[0]["eval/reward"]:
         print("note: the held-out reward is lower than at the start: try a lower --lr")
     common.save_model(out, model, encoder.tokenizer, adapter)

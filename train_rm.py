@@ -5,8 +5,8 @@
         --dataset trl-lib/ultrafeedback_binarized
 
 With no flags it trains on the toy of tests/toy (sums) and ends with the fraction of unseen sums
-whose correct completion it prefers: about 99 %. Before the first step that is whatever the random
-head gives; beside its loss stands that of an uninformative score: 0.6931 = log 2.
+whose correct completion it prefers: about 99 %. Before the first step a random head decides, and
+the loss is printed beside that of equal scores: 0.6931 = log 2.
 
 Differs from the papers in: the head has no bias (a constant changes no comparison). The score is
 read at the last token, *by length*, of what the chat template writes, or of text + EOS. The result
@@ -131,7 +131,7 @@ def parse_args(argv=None):
     g.add_argument("--eval-dataset", help="evaluate on this, not on a part of --dataset")
     g.add_argument("--eval-split", help="evaluate on this split (of --eval-dataset, else of --dataset)")
     g.add_argument("--eval-fraction", type=between(0, 0.99), default=0.1, help="of the prompts, held out (0 = none)")
-    g.add_argument("--eval-limit", type=natural, default=1000, help="held out are at most N prompts (0 = all)")
+    g.add_argument("--eval-limit", type=natural, default=1000, help="hold out at most N prompts (0 = all)")
     g.add_argument("--columns", nargs="+", default=[], metavar="NEW=OLD", help="rename: prompt=question chosen=best")
     g.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF: which label")
     g.add_argument("--limit", type=natural, default=0, help="only the first N rows (0 = all)")
@@ -225,10 +225,8 @@ def micro_loss(r, groups, args):
     p_good = good.clamp(args.label_smoothing, 1 - args.label_smoothing)
     loss = LOSSES[args.loss].function(r, h, pairs, p_good).sum()
     if args.center_coef:
-        sizes = torch.tensor([len(g.completion_ids) for g in groups], device=r.device)
-        owner = torch.arange(len(groups), device=r.device).repeat_interleave(sizes)
-        middle = common.sum_by(r, owner, len(groups)) / sizes                    # (groups,)
-        loss = loss + args.center_coef * (2 * middle).square().sum()             # (10)
+        for part in r.split([len(g.completion_ids) for g in groups]):
+            loss = loss + args.center_coef * (2 * part.mean()).square()          # (10)
 
     # Sums of the metrics, each prompt counting as one; ties count half.
     sums = Counter(loss=loss.item())
@@ -309,8 +307,8 @@ def length_curve(scores, lengths, bins=50):
     alone predicts. A common length has a bin of its own."""
     fractions = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:]
     bin_of = torch.searchsorted(lengths.quantile(fractions).unique(), lengths)   # (below, edge]
-    inside = [bin_of == one for one in bin_of.unique()]
-    return [[lengths[some].mean().item(), scores[some].mean().item()] for some in inside]
+    inside = [bin_of == b for b in bin_of.unique()]
+    return [[lengths[own].mean().item(), scores[own].mean().item()] for own in inside]
 
 
 def note_statistics(config, groups, scores):
@@ -334,7 +332,7 @@ def flat(groups, scores):
 
 
 def evaluate(groups, scores, args):
-    """Exact means over all pairs of the groups (never a mean of batch means).
+    """Exact means, never of batch means: ece and lengths over pairs, the rest over prompts.
 
     eval/ece: expected calibration error of σ(|h|), the probability of the preferred side, in five
     bins from 0.5 to 1.
@@ -361,8 +359,8 @@ def evaluate(groups, scores, args):
     # What length explains: a model can be no more than a ruler.
     result["length_correlation"] = torch.corrcoef(torch.stack([r, lengths]))[0, 1].item()
     if args.loss == "pointwise":
-        good = torch.tensor([g.scores == [1] for g in groups])   # how often one scores higher
-        result["auc"] = outcome(r[good][:, None] - r[~good]).mean().item()
+        good = torch.tensor([g.scores == [1] for g in groups])
+        result["auc"] = outcome(r[good][:, None] - r[~good]).mean().item()   # P(good above bad)
         return {f"eval/{name}": value for name, value in result.items()}
     longer = outcome(lengths[pairs.better] - lengths[pairs.worse])               # (M,) 0.5: as long
     for name, value in {"longer": 1, "shorter": 0}.items():
@@ -457,7 +455,7 @@ def main(argv=None):
         """Whether to evaluate after `step` updates."""
         return step in (0, len(plan)) or args.eval_every and step % args.eval_every == 0
 
-    # What can fail has been tried once this is over; only now an earlier run gives way.
+    # Once this is over, all that can fail was tried: only now is an earlier run renamed.
     results = [evaluate_now(start)] if held_out and due(start) else []
     out, log = common.open_run(args, mark, state)
     for result in results:

@@ -124,7 +124,7 @@ def test_broken_files_end_in_one_sentence(tmp_path, refuses, name, content, word
 
 def test_a_row_of_csv_with_a_field_too_many_is_refused(tmp_path, refuses):
     (tmp_path / "f.csv").write_text("prompt,chosen,rejected\na,b,c\na,b,c,d\n")
-    with refuses("f.csv", "line 3"):
+    with refuses("f.csv", "line 3", "a field too many"):
         load(letters(), dataset=str(tmp_path / "f.csv"))
 
 
@@ -463,7 +463,7 @@ def test_a1_a3_a24_boundary_never_moves(name):
     for prompt, completions in SEAMS.items():
         group = encoder(Group(prompt, completions))
         alone = plain_ids(tokenizer, prompt)
-        assert group.prompt_ids == bos + alone and group.ended == [True] * len(completions)
+        assert group.prompt_ids == bos + alone
         for completion, ids in zip(completions, group.completion_ids):
             joint = plain_ids(tokenizer, prompt + completion)
             assert ids[-1] == eos and eos not in ids[:-1]
@@ -601,6 +601,8 @@ def test_the_space_behind_the_marker_goes_in_a_transcript_of_one_turn_as_well():
     tokenizer = byte_level(template=END, bos=False)
     group = encode(tokenizer, f"{H} u{A}", " yes", chat=True)
     assert said(tokenizer, group) == ["<|user|>u<|end|>\n<|assistant|>", "yes<|end|>"]
+    group = encode(tokenizer, f"{H} u{A} Sure,", " yes", chat=True)      # not of one that goes on
+    assert said(tokenizer, group) == ["<|user|>u<|end|>\n<|assistant|>Sure,", " yes<|end|>"]
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])

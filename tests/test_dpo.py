@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config,
-    GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM)
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
+    GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
@@ -358,6 +359,16 @@ def test_eq11_sft_learns_from_responses_and_leaves_bad_ones_out(tmp_path, capsys
     rows = [{"prompt": f"{i}+1", "response": "yes", "cut": i < 3} for i in range(20)]
     run(tmp_path / "r", *data[:3], "--dataset", write(tmp_path / "r.jsonl", rows), "--max-steps", 1)
     assert "3 with label false or truncated when sampled" in capsys.readouterr().out
+    assert "logps/chosen" in lines[1] and "logps/rejected" not in lines[1]       # there are none
+
+
+def test_robust_leaves_out_labels_that_say_nothing(tmp_path, capsys):
+    rows = [{"prompt": f"{i}+1", "chosen": "2", "rejected": "3", "p_chosen": 0.5 + 0.4 * (i > 2)}
+            for i in range(40)]
+    data = ["--dataset", write(tmp_path / "p.jsonl", rows), "--loss", "robust"]
+    lines = run(tmp_path / "r", *data, "--max-steps", 1)
+    assert "3 with p_chosen 0.5" in capsys.readouterr().out
+    assert math.isfinite(lines[0]["eval/loss"]) and math.isfinite(lines[1]["loss"])
 
 
 # --- the script: runs, kills, refusals ------------------------------------------------------------
@@ -548,6 +559,8 @@ def mixture_of_experts(folder):
 def test_lora_saves_a_plain_checkpoint_equal_to_the_trained_model(kind, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     base = TOY / "model" if kind == "llama" else mixture_of_experts(tmp_path / "moe")
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    GenerationConfig(eos_token_id=[2, 5], do_sample=True, top_k=7).save_pretrained(base)
     trained = []
 
     def save(out, model, *rest, save_model=common.save_model):
@@ -572,6 +585,8 @@ def test_lora_saves_a_plain_checkpoint_equal_to_the_trained_model(kind, tmp_path
     now = logps(trained[0])
     assert (now - logps(start)).abs().max() > 0.1
     assert torch.allclose(logps(AutoModelForCausalLM.from_pretrained(out).eval()), now, atol=1e-4)
+    kept = GenerationConfig.from_pretrained(out)
+    assert (kept.eos_token_id, kept.top_k) == ([2, 5], 7)    # where its samples end
     beside = peft.PeftModel.from_pretrained(start, out / "adapter")
     assert torch.allclose(logps(beside.get_base_model()), now, atol=1e-4)
     frozen = [n for n, p in trained[0].named_parameters() if not p.requires_grad and "lora" in n]

@@ -316,8 +316,9 @@ def test_pairs_of_a_list_are_neither_ties_nor_equal_ids():
 def test_c1_c6_a_score_is_the_same_packed_padded_alone_shuffled_and_beside_a_long_neighbour():
     args, encoder, groups = toy_groups("list")
     model = reward_model(encoder)
-    groups[3].completion_ids[0] = groups[3].completion_ids[0][:-1] * 9 + [encoder.eos]
-    groups[2].prompt_ids = groups[2].prompt_ids + [encoder.eos] + groups[2].prompt_ids
+    eos = encoder.tokenizer.eos_token_id
+    groups[3].completion_ids[0] = groups[3].completion_ids[0][:-1] * 9 + [eos]
+    groups[2].prompt_ids = groups[2].prompt_ids + [eos] + groups[2].prompt_ids
     alone = []
     for g in groups:
         one = [common.Group("", [], prompt_ids=g.prompt_ids, completion_ids=[ids])

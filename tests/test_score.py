@@ -208,6 +208,24 @@ def test_eq3_eq4_best_of_n_select_pairs_and_beams_of_a_function(tmp_path, capsys
     assert float(found) > 0.1 + statistics.mean(sum(every.values(), []))
 
 
+def list_length(completions, completion_ids, **_):
+    return [len(one) if isinstance(one, list) else 0.0 for one in completions]
+
+
+def test_a_reward_gets_one_completion_whatever_columns_the_row_has(tmp_path, capsys):
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [2, 1, 0], "completion_ids": 7}
+    flags = ["--dataset", write(tmp_path / "d.jsonl", [row]), "--reward", f"{__file__}:list_length"]
+    run(capsys, *flags, "--output", tmp_path / "o.jsonl")
+    assert rows(tmp_path / "o.jsonl")[0]["scores"] == [0, 0, 0]
+
+
+def test_completions_that_score_alike_are_no_pair(tmp_path, capsys):
+    flags = [*SAMPLES, "--samples", 2, "--reward", f"{TOY}/reward.py:right", "--pairs"]
+    run(capsys, *flags, tmp_path / "p.jsonl")
+    made = {(row["score_chosen"], row["score_rejected"]) for row in rows(tmp_path / "p.jsonl")}
+    assert made == {(1.0, 0.0)}
+
+
 def test_eq5_a1_rejection_sampling_goes_to_the_tilted_policy_with_few_samples_less_far():
     ref = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     reward = torch.tensor([0.0, 0.5, 1.0, 1.2], dtype=torch.float64)
@@ -401,6 +419,7 @@ def test_without_any_reward_samples_are_shown_and_keep_chosen_makes_pairs(
         assert (text(row["prompt"]), row["rejected"]) in sampled
         assert set(row) == {"prompt", "chosen", "rejected", "answer", "mine"}    # 1.5 was the old's
     assert "train_rm.py makes" in refused(capsys)            # nothing to score the pairs with
+    assert "train_rm.py makes" in refused(capsys, *SAMPLES, "--tokens", "t.html")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/rm").symlink_to(rm)
     assert "of 40 pairs" in run(capsys, "--limit", 40)
@@ -428,6 +447,7 @@ def test_cut_samples_are_marked_and_never_written_to_be_trained_on(rm, tmp_path,
     for row, again in zip(every, rows(tmp_path / "2.jsonl"), strict=True):
         assert again["score"] == pytest.approx(row["score"], abs=1e-4)
         assert bool(again.get("cut")) == row["cut"]          # they stay what they were
+        assert again["policy"] == row["policy"] == str(BASE)
     args = train_dpo.parse_args(["--loss", "sft"])
     groups, _, dropped = common.read_groups(str(file), "train", ["response"], args)
     assert len(train_dpo.prepare(groups, dropped, args)) == len(whole)
