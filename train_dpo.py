@@ -643,7 +643,9 @@ def eval_line(step, result):
     if "accuracy_se" in r:
         line += f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} %"
         line += f" of {r['n']} pairs, margin {r['rewards/margins']:.3f}"
-    line += f", log π chosen {r['logps/chosen']:.2f} rejected {r['logps/rejected']:.2f}"
+    line += f", log π chosen {r['logps/chosen']:.2f}"
+    if not math.isnan(r["logps/rejected"]):                  # sft has none
+        line += f" rejected {r['logps/rejected']:.2f}"
     line += f", chosen fell in {100 * r['chosen_fell']:.0f} %"
     if "kl" in r:
         line += f", KL {r['kl']:.2f} ± {r['kl_se']:.2f}"
