@@ -7,6 +7,7 @@ them, V vocabulary. Functions called "collective" have to be called by all proce
 """
 import argparse
 import csv
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -135,11 +136,14 @@ def progress_bar(items, what):
     return tqdm(items, what, leave=False, disable=rank() > 0 or not what or None)
 
 
-def show_step(bar, step, steps, text):
-    """What a step says: on the bar or, where there is no terminal, in some twenty lines a run."""
+def end_step(bar, step, steps, text):
+    """Says what a step did: on the bar or, where there is no terminal, in some twenty lines a run.
+    And glibc would keep what tensors of ever other sizes left free: twice the memory of a run."""
     bar.set_postfix_str(text, refresh=False)
     if bar.disable and step % math.ceil(steps / 20) == 0:
         print(f"step {step} of {steps}: {text}", flush=True)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # ① read -------------------------------------------------------------------------------------------
@@ -207,7 +211,6 @@ def read_rows(source, split, config=None):
             text = file.read()
         if text.lstrip().startswith("["):
             return [(f"{source}, row {i}", Row(row)) for i, row in enumerate(json.loads(text), 1)]
-
     rows = []
     for i, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028
         if line.strip():
@@ -820,7 +823,6 @@ def lay_out(model, groups, packed):
     if packed:
         even = 6 * (getattr(model.config, "hidden_size", None) or 512)
         return assemble(balanced_rows(groups, even), True, model.device)
-
     every = [(g.prompt_ids, ids) for g in groups for ids in g.completion_ids]
     rows = [[(prompt, [(k, ids)])] for k, (prompt, ids) in enumerate(every)]     # one a row
     return assemble(rows, False, model.device)

@@ -785,7 +785,7 @@ def main(argv=None):
         tokens = sum(g.tokens() for g in groups)
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
         log(step + 1, metrics)
-        common.show_step(bar, step + 1, len(plan), f"loss {metrics['loss']:.4g}")
+        common.end_step(bar, step + 1, len(plan), f"loss {metrics['loss']:.4g}")
 
         last = step + 1 == len(plan)
         asked = args.save_every and (step + 1) % args.save_every == 0

@@ -749,7 +749,7 @@ def main(argv=None):
             write_completions(out, rollouts, A.view(-1, G).tolist(), done)
         shown = [name for name in ("reward", "kl", "frac_reward_zero_std") if name in metrics]
         text = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
-        common.show_step(bar, done, len(plan), text)
+        common.end_step(bar, done, len(plan), text)
 
         # --- shared: save and evaluate ---
         last = done == len(plan)

@@ -162,7 +162,7 @@ def train(a):
             p.sum().item()                                   # a checkpoint is mapped, not read
         loaded.append(peak_mb())
 
-    watch(common, "show_step", step_done)
+    watch(common, "end_step", step_done)
     watch(common, "load_weights", model_loaded)
     if a.what == "dpo":
         watch(script, "measure_reference", lambda seconds, _: reference.append(seconds))

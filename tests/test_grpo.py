@@ -638,7 +638,7 @@ def test_d2_resume_is_bit_equal_samples_included(straight, tmp_path, monkeypatch
             raise KeyError("killed")                         # logged, not saved
 
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(common, "show_step", die)
+        patch.setattr(common, "end_step", die)
         run(tmp_path, *STRAIGHT, "--save-every", 2)
     lines = run(tmp_path, *STRAIGHT, "--save-every", 2, "--resume")
     assert_same_run(tmp_path, lines, *straight[:2])

@@ -315,7 +315,7 @@ def test_a_signal_saves_says_so_and_ends_with_130(name, number, monkeypatch, she
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common, "show_step", kill_in_step_2)
+        patch.setattr(common, "end_step", kill_in_step_2)
         code, out, err = shell(name, "--max-steps", 4)
     assert code == 130 and not err
     assert "stopped after step 2 of 4; --resume goes on from there" in out

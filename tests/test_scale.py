@@ -295,7 +295,7 @@ def run_all(base):
             if common.rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    common.show_step = die
+    common.end_step = die
     if common.rank() == 0:
         (two / "over").write_text(f"sharded {sharded}, apart {apart:.4f}")
     run_case("rm", base, "--max-steps", "4", "--save-every", "1", to=two / "killed")
