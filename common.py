@@ -366,7 +366,7 @@ def to_group(name, row, prefer):
     """One row of a format → Group with K texts, or the reason (a str) for which it is dropped."""
     for column in ("image", "images", "video", "videos", "audio", None):     # None: CSV, too many
         if column in row and row[column]:
-            what = f"column '{column}'" if column else "a field too many"
+            what = f"column '{column}'" if column else "a field too many (quote commas)"
             raise ValueError(f"{what} in this row: only text can be read")
 
     group = FORMATS[name].read(row, prefer)
@@ -393,7 +393,7 @@ def find_format(row, usable):
         if all(set(names.split("|")) & set(row) for names in FORMATS[name].columns):
             return name
     needs = "; or ".join(" + ".join(FORMATS[name].columns) for name in usable).replace("|", "/")
-    raise ValueError(f"the columns are {', '.join(row)}; needed are {needs} (--columns renames)")
+    raise ValueError(f"columns {', '.join(map(str, row))}; needed are {needs} (--columns renames)")
 
 
 def read_groups(source, split, usable, args):
@@ -1073,7 +1073,6 @@ def sample(
         kind = model.device.type                             # no casts, a cache of half the size
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         model = plain_copy(model, adapter, low)
-
     options = (max_new_tokens, stops, temperature)
     mine = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[rank()::world()]
     if model.device.type == "cuda":
@@ -1088,7 +1087,6 @@ def sample(
         for start in progress_bar(range(0, len(mine), size), what):
             batch = mine[start:start + size]
             samples += sample_batch(model, [prompts[i] for i in batch], uniform[batch], *options)
-
     results = {i: samples[j * n:(j + 1) * n] for j, i in enumerate(mine)}
     for others in gather(results):
         results |= others
@@ -1251,7 +1249,6 @@ def plain_copy(model, adapter, dtype, save_adapter=None):
     copy.generation_config = getattr(model, "generation_config", None)       # EOS ids, defaults
     if adapter:  # changed in place as the model was, so that the weights have the same names
         adapted = type(adapter)(copy, adapter.peft_config["default"])
-
     copy.load_state_dict(weights)
     if adapter and saving:
         adapted.save_pretrained(save_adapter, save_embedding_layers=False)
@@ -1264,7 +1261,7 @@ def plain_copy(model, adapter, dtype, save_adapter=None):
 # In: flags, data and a model that work. Out: model, args.json, metrics.jsonl, checkpoint/.
 
 MAY_CHANGE = {       # flags that may differ between the start of a run and --resume
-    "resume", "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
+    "output_dir", "eval_every", "eval_samples", "save_every", "micro_batch_tokens",
     "device", "gradient_checkpointing", "max_steps", "epochs", "learning_rate", "tensorboard"}
 
 
@@ -1299,8 +1296,11 @@ def read_checkpoint(args, mark):
         before = json.loads((out / "args.json").read_text(encoding="utf-8"))
         state = torch.load(out / "checkpoint" / "state.pt", weights_only=True, map_location="cpu")
     for flag, value in vars(args).items():
-        if flag not in MAY_CHANGE and before.get(flag) != value:
-            fail(f"--resume: --{flag.replace('_', '-')} was {before.get(flag)}, not {value}.")
+        if flag != "resume" and before.get(flag) != value:
+            changed = f"--resume: --{flag.replace('_', '-')} was {before.get(flag)}, now {value}"
+            if flag not in MAY_CHANGE:
+                fail(changed)
+            print(changed)
     if before["fingerprint"] != mark:
         fail("--resume: the data or the model is not what it was at the start (the same happens "
              "where a chat template writes today's date).")

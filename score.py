@@ -87,7 +87,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value …]  (--help lists the flags)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=common.HelpFormatter)
     count = between(1, 1e12, int)
     natural = between(0, 1e12, int)
     g = p.add_argument_group("data")
@@ -225,12 +225,11 @@ def ask(reward, groups):
     for each completion, and may be `async`: completions of chats are [{"role": "assistant",
     "content": …}], plain text keeps its leading space. It gets copies."""
     asked = [(g, k) for g in groups for k in range(len(g.completions))]
-    given = {}
-    for name in dict.fromkeys(name for g in groups for name in g.row if name != "prompt"):
-        given[name] = [dict.get(g.row, name) for g, _ in asked]
-    given["prompts"] = [g.prompt for g, _ in asked]
+    given = {"prompts": [g.prompt for g, _ in asked]}
     given["completions"] = [said(g, k) for g, k in asked]
     given["completion_ids"] = [g.completion_ids[k] if g.completion_ids else [] for g, k in asked]
+    for name in dict.fromkeys(name for g in groups for name in g.row if name != "prompt"):
+        given.setdefault(name, [dict.get(g.row, name) for g, _ in asked])
 
     try:
         values = reward.function(**copy.deepcopy(given))
@@ -261,7 +260,7 @@ def load_reward(spec, args, device, new_head=False):
         with common.failing(f"{spec}: {file} cannot be imported"):
             function = getattr(load_module(file), name, None)
         if not callable(function):
-            fail(f"{spec}: {file} has no function '{name}'.")
+            fail(f"{spec}: {file} has no function '{name}': give file.py:function.")
         return Reward(name, function)
     encoder = common.load_encoder(spec, args, to_last_token=True)
     model = load_reward_model(spec, encoder, device, new_head)
@@ -852,10 +851,9 @@ def compare_runs(args):
     curves = {}                                  # {(metric, number, run): [(step, value), …]}
     for number, run in enumerate(args.dataset):
         for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            values = json.loads(line) if line.endswith("}") else {}              # else it is torn
-            for name in values:
-                point = (values["step"], values[name])
-                curves.setdefault((name, number, run), []).append(point)
+            values = json.loads(line)
+            for name, value in values.items():
+                curves.setdefault((name, number, run), []).append((values["step"], value))
     for (name, _, run), points in sorted(curves.items()):
         print(f"{name:<28} {points[0][1]:.4g} → {points[-1][1]:.4g}   {run}")
 

@@ -799,7 +799,7 @@ def main(argv=None):
             results.append(evaluate_now(step + 1))
             log(step + 1, results[-1])
         if stop and not last:
-            print(f"stopped after step {step + 1} of {len(plan)}; --resume goes on from there")
+            print(f"stopped after step {step + 1} of {len(plan)}; add --resume to go on")
             raise SystemExit(130)
         # --- end shared ---
 

@@ -506,8 +506,9 @@ def write_completions(out, rollouts, A, step):
     rows = []
     for one, advantage in zip(rollouts, A):
         rewards = [None if math.isnan(r) else r for r in one.reward]
-        row = {"step": step, "prompt": one.group.prompt, "completions": one.group.completions}
-        rows.append(json.dumps(row | {"rewards": rewards, "advantages": advantage}) + "\n")
+        row = {"step": step, "prompt": one.group.prompt, "completions": one.group.completions,
+               "rewards": rewards, "advantages": advantage}
+        rows.append(json.dumps(row) + "\n")
     common.write_file(out / "completions.jsonl", "".join(rows))
 
 
@@ -627,8 +628,10 @@ def main(argv=None):
         for name in result:
             if f"{name}_se" in result:
                 line += f", {name} {result[name]:.3f} ± {result[name + '_se']:.3f}"
-        tokens = result["completions/mean_length"]
-        tqdm.write(f"{line}, {tokens:.1f} tokens, of {len(rollouts)} prompts")
+        for name in list(rewards)[len(args.reward):]:
+            line += f", watched {name} {result[f'rewards/{name}/mean']:.3f}"
+        line += f", {result['completions/mean_length']:.1f} tokens, of {len(rollouts)} prompts"
+        tqdm.write(line)
         return {f"eval/{name}": value for name, value in result.items()}
 
     # --- shared: before the loop ---
@@ -764,7 +767,7 @@ def main(argv=None):
             results.append(evaluate_now(done))
             log(done, results[-1])
         if stop and not last:
-            print(f"stopped after step {done} of {len(plan)}; --resume goes on from there")
+            print(f"stopped after step {done} of {len(plan)}; add --resume to go on")
             raise SystemExit(130)
         # --- end shared ---
 

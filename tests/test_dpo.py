@@ -467,7 +467,7 @@ def test_resume_refuses_other_flags_other_data_and_another_model(tmp_path, capsy
     data = write(tmp_path / "p.jsonl", rows_of_the_toy(60))
     flags = ["--output-dir", tmp_path / "o", "--dataset", data, "--eval-samples", 0, "--max-steps"]
     main([str(flag) for flag in [*flags, 1]])
-    assert "--beta was 0.1, not 0.2" in refused(capsys, *flags, 2, "--resume", "--beta", 0.2)
+    assert "--beta was 0.1, now 0.2" in refused(capsys, *flags, 2, "--resume", "--beta", 0.2)
     write(data, [row | {"answer": "7"} for row in rows_of_the_toy(60)])      # a column is data, too
     assert "the data or the model is not what it was" in refused(capsys, *flags, 2, "--resume")
     write(data, rows_of_the_toy(60))
@@ -499,7 +499,7 @@ def test_a_new_run_keeps_an_earlier_one_as_a_whole_and_a_failing_start_touches_n
             ("--device", "cuda:99"): "--device cuda:99",
             ("--max-length", 4): "no rows are left",
             ("--model", out): "--output-dir",                # it would be renamed away
-            ("--resume", "--batch-size", 16, "--seed", 5): "--seed was 0, not 5"}.items():
+            ("--resume", "--batch-size", 16, "--seed", 5): "--seed was 0, now 5"}.items():
         assert words in refused(capsys, "--output-dir", out, "--limit", 120, *flags)
         assert contents(tmp_path) == everything, flags
     assert "no run" in refused(capsys, "--output-dir", tmp_path)         # it is somebody's folder

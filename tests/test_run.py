@@ -318,7 +318,7 @@ def test_a_signal_saves_says_so_and_ends_with_130(name, number, monkeypatch, she
         patch.setattr(common, "end_step", kill_in_step_2)
         code, out, err = shell(name, "--max-steps", 4)
     assert code == 130 and not err
-    assert "stopped after step 2 of 4; --resume goes on from there" in out
+    assert "stopped after step 2 of 4; add --resume to go on" in out
     run(name, "--max-steps", 4, "--resume")
     run(name, "--max-steps", 4, "--output-dir", "straight")
     assert_same_bits(Path("straight"), Path("runs") / name)
@@ -510,10 +510,10 @@ REFUSED = [                      # a command, X being the world, and words of th
     ("dpo --resume --output-dir X/run-torn", "no checkpoint that can be read"),
     ("dpo --resume --output-dir X/run-pickled", "no checkpoint that can be read"),
     ("dpo --resume --output-dir X/run-argless", "args.json"),
-    ("dpo --resume --beta 0.2", "--beta was 0.1, not 0.2"),
-    ("dpo --resume --seed 1", "--seed was 0, not 1"),
-    ("rm --resume", "--loss was dpo, not bradley-terry"),
-    ("dpo --resume --limit 11", "--limit was 12, not 11"),
+    ("dpo --resume --beta 0.2", "--beta was 0.1, now 0.2"),
+    ("dpo --resume --seed 1", "--seed was 0, now 1"),
+    ("rm --resume", "--loss was dpo, now bradley-terry"),
+    ("dpo --resume --limit 11", "--limit was 12, now 11"),
 ]
 
 
