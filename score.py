@@ -791,6 +791,7 @@ LOOK = dict.fromkeys(COLOURED, "#7f7f7f") | {
     "axes.prop_cycle": "cycler(color=['#3b82c4', '#d9772b', '#3a9d5d', '#b0579b', '#c94f4f'])",
     "axes.facecolor": "none", "figure.facecolor": "none", "legend.framealpha": 0,
     "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
+    "axes.ymargin": 0.35,                                    # room for the legend
     "figure.constrained_layout.use": True}
 
 
@@ -802,7 +803,7 @@ def figure(file, panels, draw):
     pyplot.rcParams.update(LOOK)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    sheet = pyplot.figure(figsize=(1 + 4 * columns, 3.2 * rows))
+    sheet = pyplot.figure(figsize=(5 * columns, 3.2 * rows))
 
     for number, (title, content) in enumerate(panels.items(), 1):
         axis = sheet.add_subplot(rows, columns, number, title=title)
