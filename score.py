@@ -2,7 +2,7 @@
 
     python score.py                 # the toy's pairs with runs/rm, which saw most of them: no test
     python score.py --policy base tuned --dataset prompts.jsonl --reward runs/rm --ref-model base
-    python score.py --policy base tuned --prompt "Why is the sky blue?"          # look, no reward
+    python score.py --policy base tuned --chat --prompt "Why is the sky blue?"     # no reward
 
 A reward is a reward model, a function (file.py:function) or the implicit reward of an aligned
 policy (--implicit). Without --policy the completions are those of --dataset; with it each policy
@@ -818,8 +818,7 @@ def figure(file, panels, draw):
 def draw_histogram(axis, series):
     """{name: scores}; densities, since there may be more of one than of another."""
     labels = [f"{name}: mean {mean(values):.2f}" for name, values in series.items()]
-    values = list(series.values())
-    axis.hist(values, 15, density=True, label=labels)        # side by side
+    axis.hist(list(series.values()), 15, density=True, label=labels)     # side by side
     axis.set(xlabel="score", ylabel="density of completions")
 
 
@@ -851,7 +850,8 @@ def compare_runs(args):
     """First and last value of every metric of run directories in the terminal, curves in --plot."""
     curves = {}                                  # {(metric, number, run): [(step, value), …]}
     for number, run in enumerate(args.dataset):
-        for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        metrics = Path(run) / "metrics.jsonl"                # a kill may have torn its last line
+        for line in metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             values = json.loads(line)
             for name, value in values.items():
                 curves.setdefault((name, number, run), []).append((values["step"], value))

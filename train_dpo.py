@@ -465,11 +465,12 @@ def micro_loss(logps, shift, groups, args):
         per_prompt = 1.0
         sums |= {"chosen": len(w), "rejected": len(l)}
     values = {"loss": losses * weight}
-    for name, column in {"logps": logps, "rewards": (args.beta or 1.0) * D}.items():
+    beta = args.beta or 1.0
+    for name, column in {"logps": logps, "rewards": beta * D}.items():
         values[f"{name}/chosen"] = column[w] * per_prompt
         values[f"{name}/rejected"] = column[l] * per_prompt
     if len(pairs.better):
-        values["rewards/margins"] = (args.beta or 1.0) * x.h * per_prompt
+        values["rewards/margins"] = beta * x.h * per_prompt
         values["rewards/accuracies"] = outcome(x.h) * per_prompt
     sums |= {name: value.detach().double().sum().item() for name, value in values.items()}
     return values["loss"].sum(), Counter(sums)
@@ -644,7 +645,7 @@ def eval_line(step, result):
         line += f", accuracy {100 * r['rewards/accuracies']:.1f} ± {100 * r['accuracy_se']:.1f} %"
         line += f" of {r['n']} pairs, margin {r['rewards/margins']:.3f}"
     line += f", log π chosen {r['logps/chosen']:.2f}"
-    if not math.isnan(r["logps/rejected"]):                  # sft has none
+    if r["logps/rejected"] < 0:                              # NaN: sft has none
         line += f" rejected {r['logps/rejected']:.2f}"
     line += f", chosen fell in {100 * r['chosen_fell']:.0f} %"
     if "kl" in r:
