@@ -640,7 +640,8 @@ def test_no_file_names_a_path_of_a_machine(tracked):
 
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--standalone",
             "--shutdown-timeout", "--help"}
-MADE = {"metrics.jsonl", "completions.jsonl", "args.json", "best.jsonl", "train_mine.py", "test_mine.py"}
+MADE = {"metrics.jsonl", "completions.jsonl", "args.json", "best.jsonl", "train_mine.py",
+        "test_mine.py"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
