@@ -1023,11 +1023,8 @@ def load_weights(auto_class, path, encoder, device, new=(), **options):
     return model.to(device).eval()  # dropout would make policy and reference differ
 
 
-def load_model(path, args, encoder, device):
-    """A causal LM in float32 and eval mode, whose tokeniser is the encoder's."""
-    if path != encoder.tokenizer.name_or_path:
-        if load_encoder(path, args).tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
-            fail(f"{path}: its tokeniser differs from the policy's: log-probs cannot be compared.")
+def load_model(path, encoder, device):
+    """A causal LM in float32 and eval mode."""
     if is_reward_model(path):
         fail(f"{path} is a reward model, not a language model.")
     return load_weights(AutoModelForCausalLM, path, encoder, device)
@@ -1036,7 +1033,11 @@ def load_model(path, args, encoder, device):
 def load_reference(args, encoder, device):
     """π_ref to stand beside the policy: sharded like it, and in the dtype of the compute wherever
     that changes no number (the layers' linear weights, which autocast would cast at every use)."""
-    model = load_model(args.ref_model or args.model, args, encoder, device).requires_grad_(False)
+    path = args.ref_model or args.model
+    vocabulary = encoder.tokenizer.get_vocab()
+    if args.ref_model and load_encoder(path, args).tokenizer.get_vocab() != vocabulary:
+        fail(f"{path}: its tokeniser differs from the policy's: log-probs cannot be compared.")
+    model = load_model(path, encoder, device).requires_grad_(False)
     if world() > 1:                                          # FSDP gathers all weights in it
         shard(model.to(getattr(torch, args.dtype)), args.dtype)
         return model
@@ -1196,7 +1197,6 @@ def add_lora(model, args):
     for name, p in model.named_parameters():
         if model.device.type == "cuda" and not name.startswith("score."):
             p.data = p.data.to(getattr(torch, args.dtype))
-
     torch.manual_seed(args.seed)  # A is random, B is 0: at the start nothing changes
     config = peft.LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear",

@@ -309,7 +309,7 @@ def load_rewards(args, device):
     args.beta = args.beta or 0.1
     if args.implicit:
         encoder = common.load_encoder(args.implicit, args, args.chat_template)
-        policy = common.load_model(args.implicit, args, encoder, device)
+        policy = common.load_model(args.implicit, encoder, device)
         reference = common.load_reference(args, encoder, device)
         name = f"{args.beta:g} · log π/π_ref of {args.implicit} against {args.ref_model}"
         return [implicit_reward(name, encoder, policy, reference, args.beta)]
@@ -396,7 +396,7 @@ def completed(group, samples, encoder):
 
 def complete(path, encoder, given, rewards, args, device, autocast):
     """A policy's completions of the prompts of given groups → table; says the KL to --ref-model."""
-    policy = common.load_model(path, args, encoder, device)
+    policy = common.load_model(path, encoder, device)
     reference = common.load_reference(args, encoder, device) if args.ref_model else None
     bare = [replace(g, completions=[], scores=[]) for g in given]
     dropped = Counter()

@@ -685,7 +685,7 @@ def main(argv=None):
     train, held_out, max_length = common.load_data(args, encoder, usable, prepare)
     plan = common.make_plan(len(train), args)
     # --- end shared ---
-    model = common.load_model(args.model, args, encoder, device)
+    model = common.load_model(args.model, encoder, device)
     packed = common.can_pack(model, train)
 
     # --- shared: model and optimizer ---

@@ -543,7 +543,7 @@ def main(argv=None):
     plan = common.make_plan(len(train), args)
     # --- end shared ---
     rewards = load_rewards(args, device)
-    model = common.load_model(args.model, args, encoder, device)
+    model = common.load_model(args.model, encoder, device)
 
     # Is packing sound for this model? Tried with repeated prompts as the longest completions.
     trial = []

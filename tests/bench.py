@@ -201,7 +201,7 @@ def floor(a):
     if a.what == "rm":
         model = train_rm.load_reward_model(a.model, encoder, DEVICE, new_head=True)
     else:
-        model = common.load_model(a.model, args, encoder, DEVICE)
+        model = common.load_model(a.model, encoder, DEVICE)
 
     def sampling(prompts, tokens):
         """Every prompt as long as the longest: a plain loop has nothing better."""

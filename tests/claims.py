@@ -211,7 +211,7 @@ def open_encoder(folder):
 
 
 def open_policy(folder):
-    return common.load_model(str(folder), OPTIONS, open_encoder(folder), torch.device("cpu"))
+    return common.load_model(str(folder), open_encoder(folder), torch.device("cpu"))
 
 
 def draw(folder, rows, n, seed, limit=8):

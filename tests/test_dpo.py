@@ -193,7 +193,7 @@ def test_step_loss_and_gradient_against_float64(flags):
         expected = expected - args.sft_coef * logps[0] / len(g.completion_ids[0])
     expected.backward()
 
-    model = common.load_model(args.model, args, encoder, CPU)
+    model = common.load_model(args.model, encoder, CPU)
     batch = common.lay_out(model, groups, True)
     loss, sums = micro_loss(common.completion_logps(model, batch), 0.0, groups, args)
     loss.backward()

@@ -291,7 +291,7 @@ def toy_groups(name, n=6):
 @pytest.mark.parametrize("name", LOSSES)
 def test_b15_neither_micro_batches_nor_packing_change_loss_or_gradient(name):
     args, encoder, groups = toy_groups(name)
-    model = common.load_model(args.model, args, encoder, torch.device("cpu"))
+    model = common.load_model(args.model, encoder, torch.device("cpu"))
     half = sum(g.tokens() for g in groups) // 2
     results = []
     for budget, packed in ((10 ** 9, True), (half, True), (1, False)):

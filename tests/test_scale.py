@@ -168,7 +168,7 @@ def toy(*flags, limit=6):
     encoder = common.load_encoder(args.model, args)
     groups, *_ = common.read_groups(args.dataset, "train", ["pair"], args)
     groups = common.tokenise(groups, encoder, 512)
-    return args, common.load_model(args.model, args, encoder, CPU), groups, encoder
+    return args, common.load_model(args.model, encoder, CPU), groups, encoder
 
 
 def test_b4_d4_gradient_checkpointing_keeps_little_and_gives_the_same_gradient():

@@ -123,7 +123,7 @@ def test_eq1_c5_c6_a_score_is_that_of_plain_transformers_whatever_stands_beside_
     args = parse_args(["--limit", "12"])
     reward = score.load_reward(str(rm), args, "cpu")
     if kind == "implicit":
-        models = [common.load_model(path, args, reward.encoder, "cpu") for path in (other, BASE)]
+        models = [common.load_model(path, reward.encoder, "cpu") for path in (other, BASE)]
         encoder = common.load_encoder(other, args)
         reward = score.implicit_reward("implicit", encoder, *models, 0.1)
     groups, _, _ = common.read_groups(str(PAIRS), "train", ["pair"], args)
